@@ -1,0 +1,193 @@
+"""How benchmarks.gpu measures: CUDA events, inputs that do not stay in L2, medians with their spread."""
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from .gpu_contenders import Case, Contender
+
+SECONDS = 0.4  # for one measurement
+WARM_UP, LEAST, MOST = 3, 10, 200
+
+
+class HostMeter:
+    """Stands in for a GPU in a dry run."""
+
+    device, cache_bytes = "cpu", 1
+
+    def times(self, call, count: int) -> list[float]:
+        result = []
+        for i in range(count):
+            start = time.perf_counter()
+            call(i)
+            result.append(time.perf_counter() - start)
+        return result
+
+    def peak_bytes(self, call) -> int:
+        call(0)
+        return 0
+
+    def launches(self, call) -> int:
+        call(0)
+        return 0
+
+    def replayed(self, call, sets: int):
+        return call
+
+
+class GpuMeter:
+    device = "cuda"
+
+    def __init__(self):
+        self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+
+    def times(self, call, count: int) -> list[float]:
+        """Seconds of each call by events on the stream."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        torch.cuda.synchronize()
+        for i, (start, stop) in enumerate(events):
+            start.record()
+            call(i)
+            stop.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) / 1000 for start, stop in events]
+
+    def peak_bytes(self, call) -> int:
+        """What a call needs on top of its input, gradients included."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def launches(self, call) -> int:
+        """Kernels, copies and fills that a call starts."""
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call(0)
+            torch.cuda.synchronize()
+        device = torch.autograd.DeviceType.CUDA
+        return sum(event.device_type == device for event in profile.events())
+
+    def replayed(self, call, sets: int):
+        """`call` on each of the input sets as a CUDA graph of its own."""
+        graphs = []
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(sets):
+                call(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        for i in range(sets):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call(i)
+            graphs.append(graph)
+        return lambda i: graphs[i % sets].replay()
+
+
+def inputs(case: Case, meter) -> list[list[torch.Tensor]]:
+    """Enough pairs of normalised random embeddings that none stays in the cache until its turn."""
+    dtype = getattr(torch, case.dtype)
+    pair_bytes = 2 * case.size * case.dim * dtype.itemsize
+    sets = min(max(math.ceil(2 * meter.cache_bytes / pair_bytes), 1), 64)
+    generator = torch.Generator(meter.device).manual_seed(0)
+    result = []
+    for _ in range(sets):
+        pair = []
+        for _ in range(2):
+            rows = torch.randn(case.size, case.dim, device=meter.device, generator=generator)
+            rows = torch.nn.functional.normalize(rows).to(dtype)
+            pair.append(rows.requires_grad_())
+        result.append(pair)
+    return result
+
+
+def measure(case: Case, contender: Contender, meter) -> dict:
+    """One row of the report; times in seconds, with the spread between the 10 % and 90 % quantiles."""
+    if contender.always_fresh:
+        torch.compiler.reset()
+    sets = inputs(case, meter)
+
+    def forward(i):
+        with torch.no_grad():
+            return contender.function(*sets[i % len(sets)])
+
+    def step(i):
+        pair = sets[i % len(sets)]
+        for x in pair:
+            x.grad = None
+        contender.function(*pair).backward()
+
+    row = {**case._asdict(), "contender": contender.name}
+    for name, call in (("forward", forward), ("step", step)):
+        if name == "step" and not contender.differentiable:
+            continue
+        for i in range(WARM_UP):
+            call(i)
+        row[f"{name}_bytes"] = meter.peak_bytes(call)
+        row[f"{name}_launches"] = meter.launches(call)
+        row[f"{name}_host"] = host_seconds(call, meter)
+        if contender.mode == "graph":
+            call = meter.replayed(call, len(sets))
+        row |= summary(name, meter, call)
+    return row
+
+
+def host_seconds(call, meter) -> float:
+    """Time until a call returns, with the GPU idle before it: what Python and the dispatcher take."""
+    result = []
+    for i in range(LEAST):
+        if meter.device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(i)
+        result.append(time.perf_counter() - start)
+    return statistics.median(result)
+
+
+def summary(name: str, meter, call) -> dict:
+    estimate = statistics.median(meter.times(call, WARM_UP))
+    count = min(max(int(SECONDS / max(estimate, 1e-7)), LEAST), MOST)
+    times = sorted(meter.times(call, count))
+    return {
+        name: statistics.median(times),
+        f"{name}_low": times[count // 10],
+        f"{name}_high": times[count - 1 - count // 10],
+        f"{name}_count": count,
+    }
+
+
+FIRST_CALL = """
+import time, torch, fused_vse
+x = torch.nn.functional.normalize(torch.randn({size}, 256, device="cuda")).bfloat16().requires_grad_()
+torch.cuda.synchronize()
+start = time.perf_counter()
+fused_vse.{loss}(x, x.detach(), backend="triton").backward()
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+def first_calls() -> dict[str, float]:
+    """Seconds of the first step in a new process, with nothing compiled before and with all of it."""
+    result = {}
+    for loss in ("hardest_negative_loss", "all_negatives_loss"):
+        for size in (128, 4096):
+            with tempfile.TemporaryDirectory() as cache:
+                environment = os.environ | {"TRITON_CACHE_DIR": cache}
+                for state in ("compiling", "from the disk cache"):
+                    command = [sys.executable, "-c", FIRST_CALL.format(size=size, loss=loss)]
+                    run = subprocess.run(
+                        command, env=environment, capture_output=True, text=True, check=True
+                    )
+                    result[f"{loss}, N = {size}, {state}"] = float(run.stdout)
+    return result

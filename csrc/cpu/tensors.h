@@ -1,0 +1,78 @@
+// Tensors as the CPU backend uses them, and the two library calls that do its GEMMs.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace fused_vse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename T>
+constexpr ScalarType SCALAR_TYPE = ScalarType::Float;
+template <>
+inline constexpr ScalarType SCALAR_TYPE<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType SCALAR_TYPE<int64_t> = ScalarType::Long;
+
+inline ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f(T{}) with the accumulation type of `x`.
+template <typename F>
+auto dispatch(const Tensor& x, F&& f) {
+  return x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+inline Tensor contiguous_as(const Tensor& x, ScalarType type) {
+  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
+}
+
+inline Tensor converted(const Tensor& x, ScalarType type) {
+  return x.scalar_type() == type ? x : torch::stable::to(x, type);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::empty(shape, type);
+}
+
+template <typename T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+inline Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {
+  Tensor view = x;
+  return torch::stable::narrow(view, 0, begin, count);
+}
+
+inline Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+// out = a b
+inline void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out = beta out + alpha a b
+inline void matmul_add(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+}
+
+// body(i) for i in [0, n), in parallel on PyTorch's own threads; an iteration must be worth a task.
+template <typename Body>
+void parallel_each(int64_t n, const Body& body, int64_t grain = 1) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+}  // namespace fused_vse

@@ -1,0 +1,1 @@
+"""One module a backend; dispatch.py says what it must hold."""

@@ -1,0 +1,94 @@
+"""The few tile shapes that the kernels run with, each with its reason. Nothing is tuned at run time.
+
+`programs_per_sm` programs share a multiprocessor, which tests/test_triton_compile.py checks against the
+registers and the shared memory that each kernel takes on sm_80 and sm_90.
+"""
+
+from dataclasses import dataclass, replace
+
+from ..fakes import MAX_SAVED_SCORES
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on."""
+
+    multiprocessors: int
+    capability: int  # major
+    interpreted: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    group: int = 8
+    tma: bool = False  # the bulk copy engine of sm_90 loads the operands
+
+
+# Two programs of 128 x 128 on a multiprocessor: one reduces its tile while the other multiplies. 3 stages
+# of (128 + 128) x 64 x 2 bytes are 96 KiB of the 227 KiB that Hopper has.
+LARGE = Tiles(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2)
+# Without the addresses of its loads a kernel has 32 registers a thread more for its epilogue.
+LARGE_TMA = replace(LARGE, tma=True)
+# N ~ 1024: 64 tiles of 128 x 128 would leave half of the multiprocessors idle.
+MEDIUM = Tiles(64, 64, 64, num_warps=4, num_stages=4, programs_per_sm=2)
+# N <= 512: latency; as many programs as there are, and few steps along D.
+SMALL = Tiles(32, 32, 128, num_warps=4, num_stages=3, programs_per_sm=2)
+
+# float32 operands are twice as wide.
+LARGE_TF32 = Tiles(128, 128, 32, num_warps=4, num_stages=3, programs_per_sm=2)
+LARGE_TF32_TMA = replace(LARGE_TF32, tma=True)
+MEDIUM_TF32 = Tiles(64, 64, 32, num_warps=4, num_stages=4, programs_per_sm=2)
+SMALL_TF32 = Tiles(32, 32, 64, num_warps=4, num_stages=3, programs_per_sm=2)
+
+# Scores read from memory: as wide as coalescing likes, small enough for float64 in registers.
+STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
+# float32 multiply-adds outside the tensor cores: 32 accumulators a thread leave room for the operands.
+EXACT = Tiles(64, 64, 16, num_warps=4, num_stages=3, programs_per_sm=2)
+# The interpreter's time goes by the number of operations: few, small tiles.
+INTERPRETER = Tiles(64, 32, 64, num_warps=4, num_stages=1, programs_per_sm=4)
+
+# Partial results: 32 slots x 32 anchors are whole 128-byte lines, and few steps for 1000 slots.
+MERGE = {"BLOCK_S": 32, "BLOCK_A": 32, "num_warps": 4}
+# Up to this many pairs, the sparse backward pass finds its entries by looking through all of them.
+MAX_UNLISTED_PAIRS = 1024
+
+
+# The certified search takes over where the large tiles do, as long as a program can look at all tiles of
+# an anchor at once. Rescoring 32 entries an anchor reads as much as 1 / 100 of what the search multiplies.
+MAX_SEARCH_SLOTS = 1024
+MAX_RESCORED_PER_ANCHOR = 32
+# 8 x 512 float64 products: 32 a thread.
+RESCORE = {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4}
+
+
+def tiles_for(kind: str, num_rows: int, num_columns: int, device: Device) -> Tiles:
+    """`kind`: "bf16" for 16-bit operands, "tf32", "stored" or "exact"."""
+    if device.interpreted:
+        return INTERPRETER
+    if kind == "stored":
+        return STORED
+    if kind == "exact":
+        return EXACT
+    large, large_tma, medium, small = {
+        "bf16": (LARGE, LARGE_TMA, MEDIUM, SMALL),
+        "tf32": (LARGE_TF32, LARGE_TF32_TMA, MEDIUM_TF32, SMALL_TF32),
+    }[kind]
+    # Up to MAX_SAVED_SCORES the kernels may have scores to save, for which LARGE has no registers left.
+    if num_rows * num_columns > MAX_SAVED_SCORES:
+        return large_tma if device.capability >= 9 else large
+    if num_rows * num_columns >= device.multiprocessors * medium.block_m * medium.block_n:
+        return medium
+    return small
+
+
+def search_pays(num_rows: int, num_columns: int, device: Device) -> bool:
+    """Whether the certified search is faster than torch.mm in float32 and a pass over the result."""
+    tiles = tiles_for("bf16", num_rows, num_columns, device)
+    slots = max(num_rows, num_columns) // min(tiles.block_m, tiles.block_n) + 2
+    return tiles in (LARGE, LARGE_TMA) and slots <= MAX_SEARCH_SLOTS

@@ -1,0 +1,80 @@
+"""Which backend computes the statistics: names, availability with reasons, and the choice of "auto".
+
+A backend is a module of `fused_vse.backends` with
+    UNAVAILABLE: the reason why it cannot be used here together with the remedy, or None;
+    DEVICE: the type of device whose tensors it takes;
+    FAMILIES: optional, which families of ops it has: "dot" (default), "order", "scores";
+and, registered under `torch.ops.fused_vse_<name>`, the ops that csrc/ops.h documents. The
+reference is plain PyTorch, takes any device and needs no ops.
+"""
+
+import warnings
+from types import ModuleType
+
+import torch
+
+from .arguments import check_choice
+from .backends import cpu, triton
+
+REFERENCE = "reference"
+FAMILY_NAMES = {"dot": "dot product", "order": "order similarity", "scores": "score-matrix losses"}
+# In the order in which "auto" tries them.
+_FUSED: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name with "available", or the reason why it is not and the remedy."""
+    reasons = {name: _unavailable(name) or "available" for name in _FUSED}
+    return {REFERENCE: "available", **reasons}
+
+
+def select(backend: str, device: torch.device, family: str = "dot") -> str:
+    """Returns the name of the backend to use for tensors on `device`.
+
+    `family` is "dot" or "order", the similarity of embeddings, or "scores" for a score matrix.
+
+    Raises:
+        ValueError: the name is unknown, or the backend does not take tensors of this device.
+        RuntimeError: the backend was asked for by name and is not available here.
+    """
+    check_choice("backend", backend, ("auto", REFERENCE, *_FUSED))
+    if backend == REFERENCE:
+        return backend
+    if backend == "auto":
+        return _automatic(device, family)
+    module = _FUSED[backend]
+    reason = _unavailable(backend, family)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}")
+    if module.DEVICE != device.type:
+        raise ValueError(
+            f"backend={backend!r} takes {module.DEVICE} tensors, got tensors on {device};"
+            " move them or use backend='auto'"
+        )
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(name: str, family: str = "dot") -> str | None:
+    # A backend may look at the hardware the first time: nothing for the compiler to trace.
+    module = _FUSED[name]
+    if module.UNAVAILABLE is None and family not in getattr(module, "FAMILIES", ("dot",)):
+        return f"it has no {FAMILY_NAMES[family]} yet; use backend='reference'"
+    return module.UNAVAILABLE
+
+
+def _automatic(device: torch.device, family: str) -> str:
+    reasons = []
+    for name, module in _FUSED.items():
+        if module.DEVICE == device.type:
+            reason = _unavailable(name, family)
+            if reason is None:
+                return name
+            reasons.append(f"{name}: {reason}")
+    if not torch.compiler.is_compiling():
+        reason = "; ".join(reasons) or f"none takes {device.type} tensors"
+        warnings.warn(
+            f"no fused backend for {device.type} ({reason}); using plain PyTorch, which stores all of S",
+            stacklevel=4,
+        )
+    return REFERENCE

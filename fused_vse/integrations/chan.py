@@ -1,0 +1,39 @@
+"""CHAN (CVPR 2023): `lib.loss.ContrastiveLoss` and `lib.loss.InfoNCELoss`, on score matrices."""
+
+from torch import Tensor, nn
+
+from ..losses import all_negatives_loss, hinge_loss
+from ._triplet import TripletSwitch
+
+
+class ContrastiveLoss(TripletSwitch):
+    """Stand-in for CHAN's `ContrastiveLoss`; `opt` takes precedence over the other arguments."""
+
+    def __init__(self, opt=None, margin=0.2, max_violation=False):
+        if opt is not None:
+            margin, max_violation = opt.margin, opt.max_violation
+        super().__init__(margin, max_violation)
+        self.opt = opt
+
+    def forward(self, sims: Tensor) -> Tensor:
+        """The loss of a score matrix [B, B], images by captions."""
+        return hinge_loss(scores=sims, margin=self.margin, hardest=self.max_violation)
+
+
+class InfoNCELoss(nn.Module):
+    """Stand-in for CHAN's `InfoNCELoss`: all negatives, both directions summed."""
+
+    def __init__(self, temperature=0.01, margin=0):
+        super().__init__()
+        self.temperature = temperature
+        self.margin = margin
+
+    def max_violation_on(self) -> None:
+        """Nothing, as in CHAN."""
+
+    def max_violation_off(self) -> None:
+        """Nothing, as in CHAN."""
+
+    def forward(self, sims: Tensor) -> Tensor:
+        """The loss of a score matrix [B, B], images by captions."""
+        return all_negatives_loss(scores=sims, temperature=self.temperature, margin=self.margin)

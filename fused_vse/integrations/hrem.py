@@ -1,0 +1,32 @@
+"""HREM (CVPR 2023): `lib.loss.ContrastiveLoss`, which can leave out repeated images."""
+
+from torch import Tensor
+
+from ..losses import hinge_loss
+from ._triplet import TripletSwitch
+
+
+class ContrastiveLoss(TripletSwitch):
+    """Stand-in for HREM's `ContrastiveLoss`; `opt.mask_repeat` selects masking by `img_ids`."""
+
+    def __init__(self, opt, margin=0.2, max_violation=False):
+        super().__init__(margin, max_violation)
+        self.opt = opt
+        self.mask_repeat = opt.mask_repeat
+        self.false_hard = []
+
+    def forward(self, im: Tensor, s: Tensor, img_ids: Tensor | None = None) -> Tensor:
+        """The loss of embeddings [B, D] each; `img_ids` [B] are the image of every pair."""
+        ids = None
+        if self.mask_repeat:
+            if img_ids is None:
+                raise ValueError("img_ids must be given when opt.mask_repeat is set")
+            ids = img_ids.to(im.device)
+        return hinge_loss(
+            im,
+            s,
+            margin=self.margin,
+            hardest=self.max_violation,
+            image_ids=ids,
+            caption_ids=ids,
+        )

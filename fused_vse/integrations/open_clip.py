@@ -1,0 +1,87 @@
+"""OpenCLIP: `open_clip.ClipLoss`, the symmetric InfoNCE loss of CLIP (arXiv 2103.00020).
+
+    from fused_vse.integrations.open_clip import ClipLoss      # instead of open_clip's
+
+With open_clip installed it is a subclass of the original; without, it stands by itself.
+"""
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..losses import all_negatives_loss
+
+try:
+    from open_clip.loss import ClipLoss as _Original
+except ImportError:
+    _Original = nn.Module
+
+
+class ClipLoss(_Original):
+    """Stand-in for `open_clip.ClipLoss`, whose arguments it has.
+
+    On several ranks each one scores its own B anchors of each side against all W·B embeddings,
+    whatever `local_loss` and `gather_with_grad` say; after the averaging of DDP the gradient is that
+    of one process with the whole batch. With `local_loss` the value is the mean over the own anchors,
+    else the mean over all.
+    """
+
+    def __init__(
+        self,
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=False,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    ):
+        if use_horovod:
+            raise ValueError("use_horovod is not supported; use torch.distributed")
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = False
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of features [B, D] each, or {"contrastive_loss": loss}.
+
+        `logit_scale` multiplies the scores. `logit_bias` cancels in a softmax and gets gradient 0.
+        """
+        own = image_features.shape[0]
+        if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
+            logit_scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
+        if self.world_size > 1:
+            image_features, text_features = map(self._own_first, (image_features, text_features))
+        loss = all_negatives_loss(
+            image_features,
+            text_features,
+            temperature=1 / logit_scale,
+            num_pairs=own,
+            direction_weights=(0.5, 0.5),
+        )
+        if self.world_size > 1 and not self.local_loss:
+            loss = loss + (self._mean_over_ranks(loss) - loss.detach())
+        if logit_bias is not None:
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _own_first(self, features: Tensor) -> Tensor:
+        """[B, D] to [W B, D], through which every rank's gradient comes back."""
+        from torch.distributed.nn import all_gather  # not in every build of torch
+
+        ranks = all_gather(features)
+        return torch.cat([*ranks[self.rank :], *ranks[: self.rank]])
+
+    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
+        total = loss.detach().clone()
+        distributed.all_reduce(total)
+        return total / self.world_size

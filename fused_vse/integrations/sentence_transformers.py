@@ -1,0 +1,71 @@
+"""Sentence Transformers: `losses.MultipleNegativesRankingLoss` (arXiv 1705.00652)."""
+
+import torch
+from torch import Tensor
+
+from ..statistics import NegativeLogsumexp, negative_logsumexp
+
+try:
+    from sentence_transformers import losses
+    from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+except ImportError as error:
+    raise ImportError(
+        "fused_vse.integrations.sentence_transformers needs the library itself:"
+        " pip install 'fused_vse[sentence-transformers]'"
+    ) from error
+
+
+class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
+    """The library's loss with the score matrices left out; the same arguments, `directions` included.
+
+    A `similarity_fct` other than `cos_sim` and `dot_score`, and hardness weighting, which needs every
+    score, run the library's own code.
+    """
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor) -> Tensor:
+        """The loss of queries [B, D], positives [B, D] and any number of columns of negatives [B, D]."""
+        weighted = self.hardness_mode is not None and self.hardness_strength > 0
+        if weighted or self.similarity_fct not in (cos_sim, dot_score) or len(embeddings) < 2:
+            return super().compute_loss_from_embeddings(embeddings, labels)
+
+        own = embeddings[0].shape[0]
+        if self.gather_across_devices:
+            embeddings = [_own_first(column, own) for column in embeddings]
+        queries, documents = embeddings[0], torch.cat(embeddings[1:])
+        columns = len(embeddings) - 1
+
+        both = self._statistic(queries, documents, own)
+        positive = both.positive_scores * self.scale
+        # Every term is log Σ exp over one direction's candidates; two of them hold the positive, too.
+        logits = {
+            "query_to_doc": torch.logaddexp(both.logsumexp[0], positive),
+            "doc_to_query": torch.logaddexp(both.logsumexp[1], positive),
+        }
+        if "query_to_query" in self.directions:
+            logits["query_to_query"] = self._statistic(queries, queries, own).logsumexp[0]
+        if "doc_to_doc" in self.directions:
+            query = torch.arange(queries.shape[0], device=queries.device)
+            logits["doc_to_doc"] = self._statistic(
+                embeddings[1], documents, own, image_ids=query, caption_ids=query.repeat(columns)
+            ).logsumexp[0]
+
+        terms = torch.stack([logits[direction] for direction in self.directions])
+        normalizer = terms.logsumexp(0) if self.partition_mode == "joint" else terms.mean(0)
+        return (normalizer - positive).mean()
+
+    def _statistic(
+        self, rows: Tensor, columns: Tensor, own: int, **ids: Tensor
+    ) -> NegativeLogsumexp:
+        return negative_logsumexp(
+            rows,
+            columns,
+            temperature=1 / self.scale,
+            num_pairs=own,
+            normalize=self.similarity_fct is cos_sim,
+            **ids,
+        )
+
+
+def _own_first(column: Tensor, own: int) -> Tensor:
+    """[B, D] to [W B, D], through which every rank's gradient comes back."""
+    return all_gather_with_grad(column).roll(-get_rank() * own, 0)

@@ -1,0 +1,110 @@
+"""nn.Module forms of the losses, with a fixed or a learnable temperature."""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import check_temperature
+from .losses import all_negatives_loss, hardest_negative_loss, hinge_loss
+
+# A learnable temperature is kept within these bounds, as CLIP keeps its logit scale below 100: below,
+# float32 cannot resolve the scores; above, the loss is flat.
+MIN_TEMPERATURE = 0.01
+MAX_TEMPERATURE = 10.0
+
+
+class _Loss(nn.Module):
+    """A functional loss with the keyword arguments that stay the same in every call."""
+
+    function: Callable
+
+    def __init__(self, options: dict):
+        super().__init__()
+        known = inspect.signature(self.function).parameters
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} got an unknown argument {name!r}; it takes those of"
+                    f" {self.function.__name__}: {', '.join(list(known)[2:])}"
+                )
+        self.options = options
+
+    def forward(self, images: Tensor | None = None, captions: Tensor | None = None, **batch):
+        """The functional loss; `batch` is what changes in every call: ids, `num_pairs`, `scores`."""
+        return self.function(images, captions, **self.options, **batch)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class _LossWithTemperature(_Loss):
+    def __init__(self, temperature: float, learnable_temperature: bool, options: dict):
+        super().__init__(options)
+        temperature = float(check_temperature(temperature, torch.device("cpu")))
+        self.fixed_temperature = None if learnable_temperature else temperature
+        if learnable_temperature:
+            if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+                raise ValueError(
+                    f"a learnable temperature must start between {MIN_TEMPERATURE} and"
+                    f" {MAX_TEMPERATURE}, got {temperature}"
+                )
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in use: a float, or a 0-d tensor if it is learnable."""
+        if self.fixed_temperature is not None:
+            return self.fixed_temperature
+        return self.log_temperature.exp()
+
+    def forward(self, images: Tensor | None = None, captions: Tensor | None = None, **batch):
+        """The functional loss; `batch` is what changes in every call: ids, `num_pairs`, `scores`."""
+        if self.fixed_temperature is None:
+            with torch.no_grad():
+                # The parameter, not the value: outside the bounds its gradient would vanish for good.
+                self.log_temperature.clamp_(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+        return super().forward(images, captions, temperature=self.temperature, **batch)
+
+    def extra_repr(self) -> str:
+        learnable = ", learnable" if self.fixed_temperature is None else ""
+        temperature = (
+            f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}"
+        )
+        return ", ".join(filter(None, [temperature, super().extra_repr()]))
+
+
+class AllNegativesLoss(_LossWithTemperature):
+    """Module form of `all_negatives_loss`.
+
+    Args:
+        temperature: τ; the starting value if it is learnable.
+        learnable_temperature: make log τ a parameter, `log_temperature`. Every forward first clamps
+            it so that τ stays in [0.01, 10].
+        **options: keyword arguments of `all_negatives_loss` that stay the same in every call.
+    """
+
+    function = staticmethod(all_negatives_loss)
+
+    def __init__(self, temperature: float = 0.1, *, learnable_temperature: bool = False, **options):
+        super().__init__(temperature, learnable_temperature, options)
+
+
+class HardestNegativeLoss(_LossWithTemperature):
+    """Module form of `hardest_negative_loss`; for its arguments see `AllNegativesLoss`."""
+
+    function = staticmethod(hardest_negative_loss)
+
+    def __init__(self, temperature: float = 0.1, *, learnable_temperature: bool = False, **options):
+        super().__init__(temperature, learnable_temperature, options)
+
+
+class HingeLoss(_Loss):
+    """Module form of `hinge_loss`; `options` are those of its keyword arguments that stay the same."""
+
+    function = staticmethod(hinge_loss)
+
+    def __init__(self, **options):
+        super().__init__(options)

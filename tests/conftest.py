@@ -1,0 +1,48 @@
+"""Backends as a fixture, poisoned memory, and an assertion that shows the worst element."""
+
+import pytest
+import torch
+
+import fused_vse
+
+
+def _backend_parameters():
+    for name, status in fused_vse.backends().items():
+        # A backend for another device has tests of its own.
+        if name in ("reference", "cpu"):
+            skip = () if status == "available" else (pytest.mark.skip(reason=status),)
+            yield pytest.param(name, marks=skip)
+
+
+@pytest.fixture(params=_backend_parameters())
+def backend(request) -> str:
+    """Every backend that takes CPU tensors; a missing one skips with its reason."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN: an element that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = ""
+) -> None:
+    """|actual - expected| <= tolerance * max(1, max |expected|), elementwise; names the worst element."""
+    assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+    if expected.numel() == 0:
+        return
+    actual, expected = actual.detach().double(), expected.detach().double()
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    error = torch.where(same, 0.0, (actual - expected).abs()).nan_to_num(nan=torch.inf)
+    finite = expected[expected.isfinite()]
+    scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+    worst = int(error.argmax())
+    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    assert error.flatten()[worst] <= tolerance * scale, (
+        f"{what}: worst element at {position}: {actual.flatten()[worst]:.9g}, expected"
+        f" {expected.flatten()[worst]:.9g}, tolerance {tolerance * scale:.3g}"
+    )

@@ -1,0 +1,342 @@
+"""The Triton backend on a GPU: what the interpreter and the compiler cannot show."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+
+import fused_vse
+from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or fused_vse.backends()["triton"] != "available",
+        reason=f"triton: {fused_vse.backends()['triton']}",
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGE = Case("large tiles", 2304, 2200, 2176, 200)
+LARGE_WITH_IDS = Case("large tiles with ids", 2304, 2200, 2176, 130, "groups of five")
+LOSSES = {
+    "all_negatives": lambda *x, **k: all_negatives_loss(*x, **k),
+    "all_negatives_cold": lambda *x, **k: all_negatives_loss(*x, temperature=0.01, **k),
+    "hardest": lambda *x, **k: hardest_negative_loss(*x, **k),
+    "hinge_sum": lambda *x, **k: hinge_loss(*x, reduction=k.pop("reduction", "mean"), **k),
+}
+
+
+@pytest.fixture(params=LOSSES)
+def loss(request):
+    return LOSSES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """As in conftest.py, but what PyTorch cannot do deterministically (its own backward) only warns."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(case, dtype=torch.bfloat16):
+    return [x.cuda() for x in embeddings(case, dtype)]
+
+
+def differentiated(loss, pair, case, backend="triton", **options):
+    pair = [x.detach().requires_grad_() for x in pair]
+    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    value = loss(
+        *pair,
+        image_ids=ids[0],
+        caption_ids=ids[1],
+        num_pairs=case.pairs,
+        backend=backend,
+        **options,
+    )
+    value.sum().backward()
+    return [value.detach(), *(x.grad for x in pair)]
+
+
+def eager_scores(images, captions, ids):
+    """S as eager PyTorch computes it, in the embeddings' dtype, with -inf for what is no negative."""
+    if ids[0] is None:
+        ids = [torch.arange(len(x), device=x.device) for x in (images, captions)]
+    scores = images @ captions.T
+    return scores, scores.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
+
+
+def eager(name, images, captions, case):
+    """The losses in plain PyTorch at the embeddings' own dtype: the error that is allowed."""
+    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    scores, masked = eager_scores(images, captions, ids)
+    p, k = scores.diagonal()[: case.pairs], case.pairs
+    total = 0
+    for s in (masked[:k], masked[:, :k].T):
+        if name.startswith("all_negatives"):
+            tau = 0.01 if name.endswith("cold") else 0.1
+            total = total + (torch.cat([p[:, None], s], 1) / tau).logsumexp(1) - p / tau
+        elif name == "hardest":
+            total = total + (0.2 + s.max(1).values - p).relu() / 0.1
+        else:
+            total = total + (0.2 + s - p[:, None]).relu().sum(1)
+    return total.mean()
+
+
+def worst(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[2], CASES[7], Case("medium", 700, 700, 700, 96), LARGE, LARGE_WITH_IDS], ids=str
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_less_accurate_than_eager(name, case, dtype):
+    pair = on_gpu(case, dtype)
+    expected = differentiated(LOSSES[name], [x.double() for x in pair], case, "reference")
+    leaves = [x.detach().requires_grad_() for x in pair]
+    value = eager(name, *leaves, case)
+    value.backward()
+    plain = [value.detach(), *(x.grad for x in leaves)]
+    actual = differentiated(LOSSES[name], pair, case)
+    for got, other, want in zip(actual, plain, expected, strict=True):
+        # A few units in the last place of what is returned count as none.
+        smallest = 4 * torch.finfo(got.dtype).eps
+        assert worst(got, want) <= 1.5 * worst(other, want) + smallest, (
+            worst(got, want),
+            worst(other, want),
+        )
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("case", [*CASES, LARGE_WITH_IDS], ids=str)
+def test_integer_embeddings_are_exact(case, precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for dtype in DTYPES:
+            pair = [x.cuda() for x in integer_embeddings(case, dtype)]
+            ids = [None if x is None else x.cuda() for x in ids_of(case)]
+            keywords = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
+            got = hardest_negatives(*pair, backend="triton", **keywords)
+            want = hardest_negatives(*(x.double() for x in pair), backend="reference", **keywords)
+            for a, b in zip(got, want, strict=True):
+                assert torch.equal(a.double(), b.double())
+            options = {"margin": 1.0, "reduction": "sum"}
+            got = differentiated(hinge_loss, pair, case, **options)
+            want = differentiated(
+                hinge_loss, [x.double() for x in pair], case, "reference", **options
+            )
+            assert got[0].item() == want[0].item()
+            for a, b in zip(got[1:], want[1:], strict=True):
+                assert (a.double() - b).abs().le(torch.finfo(dtype).eps * b.abs()).all()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [CASES[7], LARGE_WITH_IDS], ids=str)
+def test_bitwise_repeatable(loss, case, dtype):
+    pair = on_gpu(case, dtype)
+    first = differentiated(loss, pair, case)
+    for _ in range(5):
+        torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
+        for a, b in zip(first, differentiated(loss, pair, case), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("case", [CASES[7], LARGE], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_input_surfaces(loss, case, value, dtype):
+    pair = on_gpu(case, dtype)
+    pair[1][-1, 3] = value
+    result, *gradients = differentiated(loss, pair, case)
+    assert not result.isfinite()
+    assert not any(g.isfinite().any() for g in gradients)
+
+
+def near_ties(images, captions):
+    captions[:] = (
+        captions[:1] * (1 + torch.arange(len(captions), device="cuda") % 7 * 2**-22)[:, None]
+    )
+
+
+@pytest.mark.parametrize("kind", ["random", "duplicates", "near ties"])
+def test_certified_search_is_exact(kind):
+    case = Case("search", 4096, 4000, 3900, 256, "groups of five")
+    images, captions = on_gpu(case, torch.float32)
+    if kind == "duplicates":
+        captions[1::2] = captions[::2]
+    elif kind == "near ties":
+        near_ties(images, captions)
+    ids = [x.cuda() for x in ids_of(case)]
+    got = hardest_negatives(
+        images,
+        captions,
+        image_ids=ids[0],
+        caption_ids=ids[1],
+        num_pairs=case.pairs,
+        backend="triton",
+    )
+    scores = (images.double() @ captions.double().T).float()
+    scores = scores.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
+    for row, s in enumerate((scores[: case.pairs], scores[:, : case.pairs].T)):
+        value = s.max(1).values
+        if kind == "near ties":  # the exact pass in float32 arithmetic
+            assert torch.allclose(got.scores[row], value, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(got.scores[row], value)
+            assert torch.equal(got.indices[row], (s == value[:, None]).int().argmax(1))
+
+
+def test_more_than_two_to_the_31_scores():
+    case = Case("", 50_000, 50_000, 50_000, 16)
+    pair = on_gpu(case)
+    pair[1][-1], pair[0][-1] = 3 * pair[0][0], 3 * pair[1][0]
+    result = hardest_negatives(*pair, backend="triton")
+    assert result.indices[0, 0] == 49_999 and result.indices[1, 0] == 49_999
+    for loss in LOSSES.values():
+        gradients = differentiated(loss, pair, case)
+        assert all(x.isfinite().all() for x in gradients)
+    last = slice(49_000, 50_000)  # rows whose scores lie beyond 2^31
+    scores = pair[0][last].float() @ pair[1].float().T
+    scores[torch.arange(1000), torch.arange(49_000, 50_000)] = -torch.inf
+    assert torch.allclose(result.scores[0, last], scores.max(1).values, rtol=1e-3)
+
+
+def test_strided_views(loss):
+    images, captions = on_gpu(LARGE)
+    expected = differentiated(loss, (images, captions), LARGE)
+    wide = torch.full((2304, 403), torch.nan, dtype=torch.bfloat16, device="cuda")
+    wide[:, 3:403:2] = images
+    for got, want in zip(
+        differentiated(loss, (wide[:, 3:403:2], captions.T.contiguous().T), LARGE),
+        expected,
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", [CASES[2], LARGE], ids=str)
+def test_cuda_graph(loss, case):
+    """Capture once, replay on new input: no synchronisation, no allocation outside the pool."""
+    static = [x.requires_grad_() for x in on_gpu(case)]
+
+    def step():
+        for x in static:
+            x.grad = None
+        value = loss(*static, num_pairs=case.pairs, backend="triton")
+        value.backward()
+        return value
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+    fresh = [x.cuda() for x in embeddings(case, torch.bfloat16, seed=1)]
+    with torch.no_grad():
+        for x, new in zip(static, fresh, strict=True):
+            x.copy_(new)
+    graph.replay()
+    expected = differentiated(loss, fresh, case)
+    for got, want in zip([value, static[0].grad, static[1].grad], expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_full_graph_compilation(loss, mode):
+    case = CASES[7]
+    pair = on_gpu(case)
+    expected = differentiated(loss, pair, case)
+    compiled = torch.compile(loss, fullgraph=True, mode=mode)
+    for _ in range(3):
+        actual = [x.clone() for x in differentiated(compiled, pair, case)]
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.allclose(
+            got, want, rtol=1e-5 if got.dtype == torch.float32 else 1e-2, atol=1e-6
+        )
+
+
+def test_no_synchronisation(loss):
+    pair = on_gpu(LARGE)
+    differentiated(loss, pair, LARGE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        temperature = torch.full((), 0.1, device="cuda", requires_grad=True)
+        all_negatives_loss(
+            *pair, num_pairs=LARGE.pairs, temperature=temperature, backend="triton"
+        ).backward()
+        differentiated(loss, pair, LARGE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams(loss):
+    cases = LARGE, LARGE_WITH_IDS
+    pairs = [on_gpu(case) for case in cases]
+    expected = [differentiated(loss, pair, case) for pair, case in zip(pairs, cases, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(3):
+        results = []
+        for stream, pair, case in zip(streams, pairs, cases, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(differentiated(loss, pair, case))
+        torch.cuda.synchronize()
+        for got, want in zip(results, expected, strict=True):
+            for a, b in zip(got, want, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_a_device_that_is_not_the_current_one(loss):
+    pair = on_gpu(CASES[7])
+    expected = differentiated(loss, pair, CASES[7])
+    elsewhere = differentiated(loss, [x.to("cuda:1") for x in pair], CASES[7])
+    for got, want in zip(elsewhere, expected, strict=True):
+        assert got.device.index == 1 and torch.equal(got.cpu(), want.cpu())
+
+
+def test_out_of_memory_leaves_the_process_usable(loss):
+    case = CASES[7]
+    pair = on_gpu(case)
+    expected = differentiated(loss, pair, case)
+    huge = torch.randn(1 << 20, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_allocated() + (64 << 20))
+        / torch.cuda.get_device_properties(0).total_memory
+    )
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            loss(huge, huge, backend="triton").backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for got, want in zip(differentiated(loss, pair, case), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_memory_is_bounded(loss):
+    """N = 65536: S alone would take 8 GiB in bfloat16."""
+    case = Case("", 65_536, 65_536, 65_536, 64)
+    pair = on_gpu(case)
+    differentiated(loss, pair, case)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    differentiated(loss, pair, case)
+    assert torch.cuda.max_memory_allocated() - before < 700 << 20
+
+
+def test_the_first_import_does_not_initialise_cuda():
+    command = "import torch, fused_vse; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", command], check=True, env=os.environ)

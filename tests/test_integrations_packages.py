@@ -1,0 +1,299 @@
+"""The stand-ins for packages, against the real ones, which come with the extra "peers"."""
+
+import os
+import socket
+
+import pytest
+import torch
+from test_integrations import BATCHES, B, D, assert_same, random_batch, run, unit_rows
+from torch import multiprocessing
+
+LABELS = torch.arange(B)
+
+
+def require(package: str):
+    return pytest.importorskip(
+        package, reason=f"{package} is not installed: pip install '.[peers]'"
+    )
+
+
+# --------------------------------------------------------------------------------------------- open_clip
+@pytest.fixture
+def clip_losses():
+    theirs = require("open_clip.loss").ClipLoss
+    from fused_vse.integrations.open_clip import ClipLoss
+
+    return ClipLoss, theirs
+
+
+def with_scale(loss, scale=100.0, **options):
+    """A function of features and of the scale, which is a parameter in CLIP."""
+    return lambda im, s, x: loss(im, s, x.reshape(()) * scale, **options)
+
+
+UNIT_BATCHES = [
+    name for name in BATCHES if name not in ("unnormalised", "all scores below -1", "ties")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 14.25, 100.0])
+@pytest.mark.parametrize("batch", UNIT_BATCHES)
+def test_clip_loss(clip_losses, batch, scale, dtype):
+    ours, theirs = (make() for make in clip_losses)
+    inputs = (*BATCHES[batch], torch.ones(1))
+    assert_same(with_scale(ours, scale), with_scale(theirs, scale), inputs, dtype)
+
+
+def test_clip_loss_is_what_the_trainer_expects(clip_losses):
+    make_ours, make_theirs = clip_losses
+    ours = make_ours(
+        local_loss=True, gather_with_grad=True, cache_labels=True, rank=0, world_size=1
+    )
+    assert isinstance(ours, make_theirs)
+    assert (ours.local_loss, ours.gather_with_grad, ours.cache_labels) == (True, True, True)
+    im, s = (x.float() for x in random_batch())
+    output = {"image_features": im, "text_features": s, "logit_scale": torch.tensor(20.0)}
+    losses = ours(**output, output_dict=True)
+    assert list(losses) == ["contrastive_loss"]
+    assert torch.isclose(sum(losses.values()), make_theirs()(**output), atol=1e-6)
+
+
+def test_clip_loss_with_bias(clip_losses):
+    bias = torch.tensor(-10.0, requires_grad=True)
+    im, s = (x.float() for x in random_batch())
+    ours, theirs = (make()(im, s, torch.tensor(20.0), bias) for make in clip_losses)
+    assert torch.isclose(ours, theirs, atol=1e-6)
+    ours.backward()
+    assert bias.grad == 0  # theirs is a rounding error
+
+
+MODES = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def _rank(rank: int, port: int, result) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    import open_clip
+
+    from fused_vse.integrations.open_clip import ClipLoss
+
+    im, s = random_batch()
+    own = slice(rank * B // 2, (rank + 1) * B // 2)
+    answers = {}
+    for project, make in (("ours", ClipLoss), ("theirs", open_clip.ClipLoss)):
+        for mode in MODES:
+            loss = make(*mode, rank=rank, world_size=2)
+            leaves = [im[own].clone().requires_grad_(), s[own].clone().requires_grad_()]
+            scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+            value = loss(*leaves, scale)
+            gradients = torch.autograd.grad(value, [*leaves, scale])
+            answers[project, mode] = [x.detach().numpy() for x in (value, *gradients)]
+    result.put((rank, answers))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """(project, mode) to what both ranks computed, and what one process computes."""
+    open_clip = require("open_clip")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(rank, port, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    ranks = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    answers = {
+        key: [[torch.from_numpy(x) for x in ranks[rank][key]] for rank in range(2)]
+        for key in ranks[0]
+    }
+    loss = open_clip.ClipLoss()
+    inputs = (*random_batch(), torch.tensor(20.0))
+    return answers, run(loss, inputs, torch.float64)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_clip_loss_on_two_ranks_has_the_gradient_of_one_process(two_ranks, mode):
+    """DDP averages over the ranks: features get half of what a rank's backward pass gives them."""
+    answers, (value, d_images, d_texts, d_scale) = two_ranks
+    first, second = answers["ours", mode]
+    for side, expected in ((1, d_images), (2, d_texts)):
+        averaged = torch.cat([first[side], second[side]]) / 2
+        assert torch.allclose(averaged, expected, rtol=1e-10, atol=1e-12)
+    assert torch.isclose((first[3] + second[3]) / 2, d_scale, rtol=1e-10)
+    assert torch.isclose((first[0] + second[0]) / 2, value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_clip_loss_on_two_ranks_has_the_projects_value(two_ranks, mode):
+    answers, _ = two_ranks
+    for ours, theirs in zip(answers["ours", mode], answers["theirs", mode], strict=True):
+        assert torch.isclose(ours[0], theirs[0], rtol=1e-12)
+        if mode[1]:  # the modes in which the project's gradient is right
+            for x, y in zip(ours[1:3], theirs[1:3], strict=True):
+                assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------- sentence_transformers
+JOINT = ["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
+RANKING_OPTIONS = {
+    "one direction": {},
+    "both directions": {"directions": JOINT[:2], "partition_mode": "per_direction"},
+    "both jointly": {"directions": JOINT[:2]},
+    "queries, too": {"directions": ["query_to_doc", "query_to_query"]},
+    "documents, too": {"directions": ["query_to_doc", "doc_to_doc"]},
+    "everything": {"directions": JOINT, "scale": 50.0},
+    "one, per direction": {"partition_mode": "per_direction"},
+    "hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0},
+}
+
+
+@pytest.fixture
+def ranking_losses():
+    losses = require("sentence_transformers.losses")
+    from fused_vse.integrations.sentence_transformers import MultipleNegativesRankingLoss
+
+    return MultipleNegativesRankingLoss, losses.MultipleNegativesRankingLoss
+
+
+def from_embeddings(loss):
+    return lambda *columns: loss.compute_loss_from_embeddings(list(columns), None)
+
+
+@pytest.mark.parametrize("columns", [2, 4], ids=["pairs", "two hard negatives"])
+@pytest.mark.parametrize("options", RANKING_OPTIONS)
+@pytest.mark.parametrize("batch", [name for name in BATCHES if name != "all scores below -1"])
+def test_ranking_loss(ranking_losses, batch, options, columns):
+    ours, theirs = (make(None, **RANKING_OPTIONS[options]) for make in ranking_losses)
+    assert isinstance(ours, type(theirs)) and ours.get_config_dict() == theirs.get_config_dict()
+    queries, documents = BATCHES[batch]
+    if batch == "ties":
+        queries, documents = (
+            queries + 0.1,
+            documents + 0.1,
+        )  # the gradient at a zero row is not defined
+    more = [documents.roll(1, 0) + 0.1, documents.flip(0) - 0.1][: columns - 2]
+    assert_same(from_embeddings(ours), from_embeddings(theirs), [queries, documents, *more])
+
+
+def test_ranking_loss_with_dot_product(ranking_losses):
+    from sentence_transformers.util import dot_score, manhattan_sim
+
+    for similarity in (dot_score, manhattan_sim):  # the second runs the library's own code
+        ours, theirs = (make(None, 1.0, similarity) for make in ranking_losses)
+        assert_same(from_embeddings(ours), from_embeddings(theirs), BATCHES["unnormalised"])
+
+
+def test_ranking_loss_through_a_model(ranking_losses):
+    """The whole path of the library: features in, columns embedded, loss and gradients of the weights."""
+    results = []
+    for make in ranking_losses:
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(D, D)
+        model = lambda features, linear=linear: {  # noqa: E731
+            "sentence_embedding": linear(features["x"])
+        }
+        loss = make(
+            model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        )
+        value = loss([{"x": x.float()} for x in random_batch()], None)
+        results.append((value, *torch.autograd.grad(value, linear.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- pytorch_metric_learning
+@pytest.fixture
+def ntxent_losses():
+    losses = require("pytorch_metric_learning.losses")
+    from fused_vse.integrations.pytorch_metric_learning import NTXentLoss
+
+    return NTXentLoss, losses.NTXentLoss
+
+
+def paired(loss, labels, ref_labels):
+    return lambda im, s: loss(im, labels, ref_emb=s, ref_labels=ref_labels)
+
+
+PAIRINGS = {
+    "pairs": (LABELS, LABELS.clone()),
+    # One tensor for both: the library takes it for one set of embeddings and finds no positives.
+    "the same tensor": (LABELS, LABELS),
+    "captions share images": (LABELS, LABELS // 3),
+    "images repeat": (LABELS % 7, LABELS % 7 + 0),
+    "some match nothing": (LABELS, LABELS + B // 2),
+    "everything matches": (LABELS * 0, LABELS * 0),
+    "nothing matches": (LABELS, LABELS + B),
+    "arbitrary numbers": (LABELS * 991 % 17 - 8, LABELS * 57 % 13 - 8),
+}
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("batch", ["random", "duplicates", "all equal", "unnormalised"])
+def test_ntxent(ntxent_losses, batch, pairing):
+    ours, theirs = (paired(make(temperature=0.1), *PAIRINGS[pairing]) for make in ntxent_losses)
+    assert_same(ours, theirs, BATCHES[batch])
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 70])
+def test_ntxent_of_unequal_numbers(ntxent_losses, images):
+    labels = torch.arange(images) % B
+    im = unit_rows(images, seed=3)
+    ours, theirs = (paired(make(), labels, LABELS) for make in ntxent_losses)
+    assert_same(ours, theirs, (im, random_batch()[1]))
+
+
+def test_ntxent_of_two_views_in_one_batch(ntxent_losses):
+    def of_both(make):
+        loss = make(temperature=0.2)
+        return lambda im, s: loss(torch.cat([im, s]), LABELS.repeat(2))
+
+    assert_same(*map(of_both, ntxent_losses), random_batch())
+
+
+def test_ntxent_in_the_librarys_wrapper(ntxent_losses):
+    from pytorch_metric_learning.losses import SelfSupervisedLoss
+
+    for symmetric in (True, False):
+        ours, theirs = (SelfSupervisedLoss(make(), symmetric=symmetric) for make in ntxent_losses)
+        assert_same(ours, theirs, random_batch())
+
+
+def test_ntxent_with_the_librarys_parts(ntxent_losses):
+    """Miners, other distances and regularizers run as they do in the library."""
+    from pytorch_metric_learning import distances, reducers, regularizers
+
+    mined = (torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([0, 1]), torch.tensor([5, 6]))
+    for options in (
+        {"distance": distances.DotProductSimilarity(normalize_embeddings=False)},
+        {"distance": distances.LpDistance()},
+        {"reducer": reducers.AvgNonZeroReducer()},
+        {"embedding_regularizer": regularizers.LpRegularizer()},
+    ):
+        ours, theirs = (make(temperature=0.5, **options) for make in ntxent_losses)
+        assert isinstance(ours, type(theirs))
+        assert_same(
+            paired(ours, *PAIRINGS["pairs"]), paired(theirs, *PAIRINGS["pairs"]), random_batch()
+        )
+        with_miner = [
+            lambda im, s, loss=loss: loss(im, LABELS, mined, s, LABELS) for loss in (ours, theirs)
+        ]
+        assert_same(*with_miner, random_batch())
+
+
+def test_ntxent_where_the_library_gives_up(ntxent_losses):
+    """The library adds 1e-38 inside its logarithm: it cuts a loss above 87 off, with gradient 0."""
+    im = torch.eye(2)
+    ours, theirs = (
+        make(temperature=0.01)(
+            im, torch.tensor([0, 1]), ref_emb=im, ref_labels=torch.tensor([1, 0])
+        )
+        for make in ntxent_losses
+    )
+    assert torch.isclose(ours, torch.tensor(100.0)) and theirs < 88

@@ -1,0 +1,76 @@
+"""The nn.Module forms."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, embeddings
+
+import fused_vse
+from fused_vse import AllNegativesLoss, HardestNegativeLoss, HingeLoss
+
+I, T = embeddings(CASES[2], torch.float32)
+IDS = torch.arange(len(I)) // 3
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (
+            AllNegativesLoss(0.2, margin=0.1),
+            lambda **k: fused_vse.all_negatives_loss(I, T, temperature=0.2, margin=0.1, **k),
+        ),
+        (
+            HardestNegativeLoss(smooth=True),
+            lambda **k: fused_vse.hardest_negative_loss(I, T, smooth=True, **k),
+        ),
+        (
+            HingeLoss(hardest=True, margin=0.4),
+            lambda **k: fused_vse.hinge_loss(I, T, hardest=True, margin=0.4, **k),
+        ),
+    ],
+)
+def test_equals_the_function(module, expected):
+    ids = dict(image_ids=IDS, caption_ids=IDS)
+    assert torch.equal(module(I, T), expected())
+    assert torch.equal(module(I, T, **ids), expected(**ids))
+    assert not list(module.parameters())
+
+
+@pytest.mark.parametrize("module_class", [AllNegativesLoss, HardestNegativeLoss])
+def test_learnable_temperature(module_class):
+    module = module_class(0.05, learnable_temperature=True)
+    assert [name for name, _ in module.named_parameters()] == ["log_temperature"]
+    assert module.log_temperature.item() == pytest.approx(math.log(0.05))
+    module(I, T).backward()
+    assert module.log_temperature.grad.item() != 0
+    loaded = module_class(learnable_temperature=True)
+    loaded.load_state_dict(module.state_dict())
+    assert torch.equal(loaded(I, T), module(I, T))
+
+
+@pytest.mark.parametrize(("start", "bound"), [(-20.0, 0.01), (20.0, 10.0)])
+def test_temperature_is_clamped_and_comes_back(start, bound):
+    module = AllNegativesLoss(learnable_temperature=True)
+    with torch.no_grad():
+        module.log_temperature.fill_(start)
+    module(I, T).backward()
+    assert module.temperature.item() == pytest.approx(bound)
+    assert module.log_temperature.grad.item() != 0  # not stuck at the bound
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        AllNegativesLoss(0)
+    with pytest.raises(ValueError, match=r"between 0\.01 and 10\.0, got 0\.001"):
+        AllNegativesLoss(0.001, learnable_temperature=True)
+    with pytest.raises(TypeError, match=r"HingeLoss got an unknown argument .tau..*margin"):
+        HingeLoss(tau=0.1)
+
+
+def test_repr_shows_the_options():
+    assert (
+        repr(AllNegativesLoss(0.2, margin=0.1)) == "AllNegativesLoss(temperature=0.2, margin=0.1)"
+    )
+    assert "learnable" in repr(HardestNegativeLoss(learnable_temperature=True))
+    assert repr(HingeLoss(hardest=True)) == "HingeLoss(hardest=True)"

@@ -1,0 +1,316 @@
+"""The rules that hold in every backend: non-finite input, determinism, upstream gradients, autograd,
+autocast, layouts, sizes, torch.compile. (Ties and anchors without negatives: test_losses.py.)"""
+
+import pytest
+import torch
+from cases import CASES, Case, embeddings
+from conftest import assert_close
+
+import fused_vse
+from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
+
+ALL = {
+    "all_negatives": lambda *x, **k: all_negatives_loss(*x, **k),
+    "hardest": lambda *x, **k: hardest_negative_loss(*x, **k),
+    "smooth": lambda *x, **k: hardest_negative_loss(*x, smooth=True, **k),
+    "hinge_sum": lambda *x, **k: hinge_loss(*x, **k),
+    "hinge_max": lambda *x, **k: hinge_loss(*x, hardest=True, **k),
+}
+EXTRAS = CASES[7]  # N = 45, M = 50, K = 33, D = 24
+
+
+@pytest.fixture(params=ALL)
+def loss(request):
+    return ALL[request.param]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("row", [0, 32, 33, -1])  # pairs and extra negatives
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_non_finite_input_surfaces(loss, value, side, row, dtype, backend):
+    pair = [x.abs().requires_grad_() for x in embeddings(EXTRAS, dtype)]
+    with torch.no_grad():
+        pair[side][row, 3] = value
+    result = loss(*pair, num_pairs=EXTRAS.pairs, backend=backend)
+    assert not result.isfinite()
+    if backend != "reference":
+        # A gradient scaler looks at the gradients, not at the loss.
+        result.backward()
+        assert not pair[0].grad.isfinite().any() and not pair[1].grad.isfinite().any()
+
+
+def test_non_finite_input_surfaces_where_it_is_excluded(loss, backend):
+    """Its only pairs are excluded by ids: no statistic sees the row, the loss still must."""
+    images, captions = embeddings(CASES[2])
+    images[5] = torch.nan
+    ids = torch.zeros(len(images), dtype=torch.int64)
+    result = loss(images, captions, image_ids=ids, caption_ids=ids, backend=backend)
+    assert not result.isfinite()
+
+
+def test_huge_but_finite_input_never_gives_a_finite_wrong_answer(loss, backend):
+    images, captions = (1e30 * x for x in embeddings(CASES[2], torch.float32))
+    assert not loss(images, captions, backend=backend).isfinite()
+
+
+def gradients(loss, case, backend, dtype=torch.float32, **options):
+    pair = [x.requires_grad_() for x in embeddings(case, dtype)]
+    result = loss(*pair, num_pairs=case.pairs, backend=backend, **options)
+    result.sum().backward()
+    return [result.detach(), *(x.grad for x in pair)]
+
+
+@pytest.mark.parametrize("case", [CASES[15], CASES[17], Case("search", 300, 300, 300, 64)], ids=str)
+def test_deterministic_and_independent_of_threads(loss, case, backend):
+    threads = torch.get_num_threads()
+    first = gradients(loss, case, backend)
+    try:
+        for n in (1, 2, 3, threads):
+            torch.set_num_threads(n)
+            again = gradients(loss, case, backend)
+            if backend == "cpu" or n == threads:
+                for a, b in zip(first, again, strict=True):
+                    # The libraries' GEMM may split by threads; everything of ours must not.
+                    assert torch.equal(a, b) if n == threads else torch.allclose(a, b, atol=1e-6)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_any_upstream_gradient(loss, backend):
+    """Non-uniform, zero and negative upstream gradients with reduction="none"."""
+    upstream = torch.randn(2, EXTRAS.pairs, dtype=torch.float64)
+    upstream[0, ::2] = 0
+    per_anchor = [
+        torch.zeros(EXTRAS.rows, EXTRAS.dim).double(),
+        torch.zeros(EXTRAS.columns, EXTRAS.dim),
+    ]
+    for direction in range(2):
+        for k in range(0, EXTRAS.pairs, 8):
+            pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
+            each = loss(*pair, num_pairs=EXTRAS.pairs, reduction="none", backend=backend)
+            each[direction, k].backward()
+            for total, x in zip(per_anchor, pair, strict=True):
+                total += upstream[direction, k] * x.grad
+    pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
+    each = loss(*pair, num_pairs=EXTRAS.pairs, reduction="none", backend=backend)
+    weights = torch.zeros_like(upstream)
+    weights[:, ::8] = upstream[:, ::8]
+    (each * weights).sum().backward()
+    for x, expected in zip(pair, per_anchor, strict=True):
+        assert_close(x.grad, expected, 1e-6)
+
+
+def test_two_forwards_before_one_backward_and_retained_graph(loss, backend):
+    case_a, case_b = CASES[2], EXTRAS
+    pair_a = [x.requires_grad_() for x in embeddings(case_a)]
+    pair_b = [x.requires_grad_() for x in embeddings(case_b)]
+    total = loss(*pair_a, backend=backend) + 2 * loss(
+        *pair_b, num_pairs=case_b.pairs, backend=backend
+    )
+    total.backward(retain_graph=True)
+    total.backward()
+    for pair, case, factor in ((pair_a, case_a, 2), (pair_b, case_b, 4)):
+        expected = gradients(loss, case, backend, torch.float64)[1:]
+        for x, gradient in zip(pair, expected, strict=True):
+            assert_close(x.grad, factor * gradient, 1e-12)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_side_without_grad(loss, frozen, backend):
+    pair = list(embeddings(EXTRAS))
+    pair[1 - frozen].requires_grad_()
+    loss(*pair, num_pairs=EXTRAS.pairs, backend=backend).backward()
+    expected = gradients(loss, EXTRAS, backend, torch.float64)
+    assert pair[frozen].grad is None
+    assert_close(pair[1 - frozen].grad, expected[2 - frozen], 1e-12)
+
+
+def test_only_the_temperature_requires_grad(backend):
+    temperature = torch.tensor(0.1, requires_grad=True)
+    images, captions = embeddings(EXTRAS, torch.float32)
+    all_negatives_loss(
+        images, captions, num_pairs=EXTRAS.pairs, temperature=temperature, backend=backend
+    ).backward()
+    assert temperature.grad.isfinite()
+
+
+def test_no_grad(loss, backend):
+    pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
+    with torch.no_grad():
+        result = loss(*pair, num_pairs=EXTRAS.pairs, backend=backend)
+    assert not result.requires_grad
+    assert_close(result, gradients(loss, EXTRAS, backend, torch.float64)[0], 1e-12)
+
+
+def test_double_backward(loss, backend):
+    pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
+    result = loss(*pair, num_pairs=EXTRAS.pairs, backend=backend)
+    (first,) = torch.autograd.grad(result, pair[0], create_graph=True)
+    if backend == "reference":
+        return
+    with pytest.raises(RuntimeError, match="double backward"):
+        first.square().sum().backward()
+
+
+def test_strided_and_non_contiguous_input(loss, backend):
+    dense = [x.float() for x in embeddings(EXTRAS)]
+    views = [torch.randn(x.shape[1] * 2, x.shape[0] * 3).T[::3, ::2].copy_(x) for x in dense]
+    assert not any(view.is_contiguous() for view in views)
+    results = []
+    for pair in (dense, views):
+        pair = [x.detach().requires_grad_() for x in pair]
+        result = loss(*pair, num_pairs=EXTRAS.pairs, backend=backend)
+        result.backward()
+        results.append([result, *(x.grad for x in pair)])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_computes_in_the_precision_of_the_embeddings(loss, dtype, backend):
+    pair = [x.requires_grad_() for x in embeddings(EXTRAS, dtype)]
+    plain = loss(*pair, num_pairs=EXTRAS.pairs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = loss(*pair, num_pairs=EXTRAS.pairs, backend=backend)
+    assert result.dtype == torch.float32
+    assert_close(result, plain, 1e-6)
+    result.backward()
+    assert pair[0].grad.dtype == dtype
+
+
+def test_autocast_promotes_embeddings_of_different_dtypes(loss, backend):
+    images, captions = embeddings(EXTRAS, torch.float32)
+    captions = captions.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = loss(images, captions, num_pairs=EXTRAS.pairs, backend=backend)
+    expected = loss(images, captions.float(), num_pairs=EXTRAS.pairs, backend=backend)
+    assert_close(result, expected, 1e-6)
+
+
+def eager(name, images, captions, tau=0.05):
+    """The formulas in eager PyTorch at the embeddings' own dtype."""
+    scores = images @ captions.T
+    eye = torch.eye(len(scores), dtype=torch.bool)
+    p = scores.diagonal()
+    if name == "all_negatives":
+        labels = torch.arange(len(scores))
+        cross_entropy = torch.nn.functional.cross_entropy
+        return cross_entropy(scores / tau, labels) + cross_entropy(scores.T / tau, labels)
+    if name == "hardest":
+        h = scores.masked_fill(eye, -torch.inf)
+        return ((0.2 + h.max(1)[0] - p).relu() + (0.2 + h.max(0)[0] - p).relu()).mean() / tau
+    image_hinges = (0.2 + scores - p[:, None]).relu().masked_fill(eye, 0)
+    caption_hinges = (0.2 + scores - p[None, :]).relu().masked_fill(eye, 0)
+    return image_hinges.sum() + caption_hinges.sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["all_negatives", "hardest", "hinge_sum"])
+def test_never_less_accurate_than_eager(name, dtype, tau, seed, backend):
+    """Errors of loss and gradients against float64 on the same, already rounded, embeddings."""
+    case = Case("accuracy", 260, 260, 260, 200)
+    images, captions = embeddings(case, seed=seed)
+    # Not too easy: a loss of 1e-19 is lost in the oracle's own rounding.
+    captions = torch.nn.functional.normalize(captions + 2 * captions.flip(0))
+    start = images.to(dtype), captions.to(dtype)
+
+    def run(function, dtype):
+        pair = [x.detach().to(dtype).requires_grad_() for x in start]
+        result = function(*pair)
+        result.backward()
+        return [result.double(), *(x.grad.double() for x in pair)]
+
+    options = {} if name == "hinge_sum" else {"temperature": tau}
+    exact = run(lambda *x: eager(name, *x, tau), torch.float64)
+    theirs = run(lambda *x: eager(name, *x, tau), dtype)
+    ours = run(lambda *x: ALL[name](*x, backend=backend, **options), dtype)
+    # Two roundings of the same quality differ by luck: allow that, and half a unit of the result's dtype.
+    slack = [torch.finfo(torch.float32).eps, *[torch.finfo(dtype).eps] * 2]
+    for what, a, b, e, eps in zip(
+        ("loss", "d_images", "d_captions"), ours, theirs, exact, slack, strict=True
+    ):
+        our_error, their_error = (a - e).norm(), (b - e).norm()
+        assert our_error <= 1.5 * their_error + eps * e.norm(), (what, our_error, their_error)
+
+
+def test_compiles_without_graph_breaks(loss, backend):
+    torch.compiler.reset()  # every case of this test is a new version of the same code
+
+    def step(images, captions):
+        return loss(images, captions, num_pairs=EXTRAS.pairs, normalize=True, backend=backend)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        pair = [x.requires_grad_() for x in embeddings(EXTRAS, torch.float32)]
+        result = function(*pair)
+        result.backward()
+        results.append([result, *(x.grad for x in pair)])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
+def test_compiles_with_inductor_and_a_learnable_temperature():
+    backend = "cpu"
+    module = fused_vse.AllNegativesLoss(learnable_temperature=True, backend=backend)
+    compiled = torch.compile(module, fullgraph=True)
+    results = []
+    for function in (module, compiled):
+        module.zero_grad()
+        pair = [x.requires_grad_() for x in embeddings(CASES[2], torch.float32)]
+        result = function(*pair)
+        result.backward()
+        results.append([result, module.log_temperature.grad.clone(), *(x.grad for x in pair)])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
+def test_opcheck():
+    images, captions = embeddings(EXTRAS, torch.float32)
+    ids = torch.arange(EXTRAS.rows) // 5, torch.arange(EXTRAS.columns) // 5
+    k = EXTRAS.pairs
+    ops = torch.ops.fused_vse_cpu
+    checks = ("test_schema", "test_faketensor")
+    arguments = (images, captions, *ids, k)
+    torch.library.opcheck(ops.hardest_negatives.default, arguments, test_utils=checks)
+    for save in (True, False):
+        torch.library.opcheck(
+            ops.negative_logsumexp.default, (*arguments, 10.0, None, save), test_utils=checks
+        )
+        torch.library.opcheck(ops.hinge_sum.default, (*arguments, 0.2, save), test_utils=checks)
+    positive, _, index = ops.hardest_negatives(*arguments)
+    d_positive, d_score = torch.randn(k), torch.randn(2, k)
+    for need in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            ops.hardest_negatives_backward.default,
+            (d_positive, d_score, positive, index, images, captions, *need),
+            test_utils=checks,
+        )
+    _, lse, scores = ops.negative_logsumexp(*arguments, 10.0, None, True)
+    torch.library.opcheck(
+        ops.negative_logsumexp_backward.default,
+        (d_positive, d_score, lse, scores, images, captions, *ids, 10.0, None, True, True),
+        test_utils=checks,
+    )
+    positive, _, active, scores = ops.hinge_sum(*arguments, 0.2, True)
+    torch.library.opcheck(
+        ops.hinge_sum_backward.default,
+        (d_positive, d_score, positive, active, scores, images, captions, *ids, 0.2, True, True),
+        test_utils=checks,
+    )
+    normalized, inverse_norm = ops.l2_normalize(images)
+    torch.library.opcheck(ops.l2_normalize.default, (images,), test_utils=checks)
+    torch.library.opcheck(
+        ops.l2_normalize_backward.default, (images, normalized, inverse_norm), test_utils=checks
+    )
+
+
+def test_a_tie_of_a_whole_column_is_one_gradient(backend):
+    """The plateau of hardest-negative training: all embeddings equal."""
+    rows = torch.ones(300, 8).requires_grad_()
+    result = hardest_negatives(rows, rows.detach(), backend=backend)
+    assert (result.indices[:, 1:] == 0).all() and (result.indices[:, 0] == 1).all()

@@ -1,0 +1,132 @@
+"""The data sets, the vocabulary and the model's standardisation."""
+
+import json
+
+import pytest
+import torch
+from tiny_data import IMAGES, write_tiny_data
+
+from training.data import InputError
+from training.digits import DIGITS, PITCH, SCENES, SIDE, load_digit_scenes
+from training.model import VSEModel
+from training.precomp import load_precomp
+from training.vocabulary import Vocabulary, tokenize
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digit_scenes()
+
+
+def occupied_cells(split):
+    """The picture of each digit, by scene and cell."""
+    pictures = split.features.reshape(-1, SIDE, SIDE)
+    for picture in pictures:
+        cells = [picture[y : y + 8, x : x + 8] for y in (0, PITCH) for x in (0, PITCH)]
+        yield [tuple(cell.flatten().tolist()) if cell.any() else None for cell in cells]
+
+
+def test_digits_are_the_same_every_time(digits):
+    expected = "ff6561db85cae4ae38d64edaa2dcdf7df1be6135a69fc0ed2a67c4b1eaacaba9"
+    assert digits.fingerprint() == load_digit_scenes().fingerprint() == expected
+
+
+def test_digits_shapes(digits):
+    for split, scenes in zip(digits[:3], SCENES.values(), strict=True):
+        assert split.features.shape == (scenes, SIDE * SIDE)
+        assert len(split.captions) == 5 * scenes
+        assert split.owners.bincount().eq(5).all()
+        counts = {sum(cell is not None for cell in cells) for cells in occupied_cells(split)}
+        assert counts == {2, 3, 4}
+
+
+def test_digits_and_scenes_are_disjoint(digits):
+    handwriting = [
+        {cell for cells in occupied_cells(split) for cell in cells if cell} for split in digits[:3]
+    ]
+    # The first caption says all there is, once its synonyms are merged.
+    scenes = [
+        {
+            c.replace("upper", "top").replace("lower", "bottom").replace("in the", "at the")
+            for c in split.captions[::5]
+        }
+        for split in digits[:3]
+    ]
+    for sets in (handwriting, scenes):
+        assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert [len(s) for s in scenes] == list(SCENES.values())
+    assert all(len(h) <= n for h, n in zip(handwriting, DIGITS.values(), strict=True))
+
+
+def test_digits_captions_describe_the_scene(digits):
+    for cells, caption in zip(occupied_cells(digits.test), digits.test.captions[::5], strict=True):
+        places = [f"{row} {column}" for row in ("top", "bottom") for column in ("left", "right")]
+        caption = caption.replace("upper", "top").replace("lower", "bottom")
+        for cell, place in zip(cells, places, strict=True):
+            assert (cell is not None) == (place in caption)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_precomp_layouts(tmp_path, repeated):
+    data = load_precomp(write_tiny_data(tmp_path / "data", repeated))
+    once = load_precomp(write_tiny_data(tmp_path / "once"))
+    assert data.fingerprint() == once.fingerprint()
+    assert len(data.train.features) == IMAGES["train"]
+    assert data.train.features.dtype == torch.float32
+    assert data.dev.owners.tolist() == [j // 5 for j in range(80)]
+
+
+def test_precomp_captions_keep_unicode_and_windows_line_ends(tmp_path):
+    directory = write_tiny_data(tmp_path / "data")
+    path = directory / "dev_caps.txt"
+    lines = path.read_text().splitlines()
+    lines[3] = "Ein Café\u2028am See"
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    data = load_precomp(directory)
+    assert data.dev.captions[3] == "Ein Café\u2028am See"
+    assert data.dev.captions[0] == lines[0]
+
+
+def test_vocabulary(tmp_path):
+    vocabulary = Vocabulary.build(["A dog's ball .", "a DOG's tree.", "a well-known tree"])
+    assert vocabulary.words == ["<padding>", "<unknown>", ".", "a", "dog's", "tree"]
+    assert vocabulary.encode("A cat , a tree") == [3, 1, 1, 3, 5]
+    path = tmp_path / "vocabulary.json"
+    path.write_bytes(vocabulary.to_json())
+    assert Vocabulary.from_json(path).words == vocabulary.words == json.loads(path.read_text())
+    assert tokenize("Été , l'eau!") == ["été", ",", "l'eau", "!"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[1, 2]", '["a", "b"]', '["<padding>", "<unknown>", 3]']
+)
+def test_bad_vocabulary(tmp_path, content):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"vocabulary\.json: not a vocabulary"):
+        Vocabulary.from_json(path)
+
+
+SIZES = {"features": 6, "words": 9, "word_size": 4, "hidden_size": 3, "joint_size": 5}
+
+
+def test_model_embeds_on_the_unit_sphere_whatever_the_padding():
+    torch.manual_seed(0)
+    model = VSEModel(**SIZES, image_dropout=0.0, word_dropout=0.0)
+    captions = [torch.tensor(words) for words in ([3], [4, 5, 6, 7], [2, 2])]
+    together = model.encode_captions(captions)
+    alone = torch.cat([model.encode_captions([caption]) for caption in captions])
+    torch.testing.assert_close(together, alone)
+    images = model.encode_images(torch.randn(3, 6))
+    for rows in (together, images):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
+
+
+def test_model_standardises_with_the_training_statistics():
+    model = VSEModel(**SIZES, image_dropout=0.0, word_dropout=0.0)
+    features = torch.rand(1000, 6) * torch.tensor([1.0, 10, 100, 1, 1, 0])  # the last never varies
+    model.fit_standardisation(features)
+    roots = (features.sqrt() - model.mean) / model.deviation
+    torch.testing.assert_close(roots[:, :5].mean(0), torch.zeros(5), atol=1e-4, rtol=0)
+    assert (roots[:, 1:3].std(0) - 1).abs().max() < 1e-2
+    assert model.encode_images(torch.full((1, 6), 9.0)).isfinite().all()

@@ -1,0 +1,149 @@
+"""A run killed with SIGKILL and resumed ends with the bits of an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import TINY, train, write_tiny_data
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (*TINY, "--loss", "hardest_negative", "--seed", "3")  # the second epoch leaves the warm-up
+
+# Runs the trainer, and kills it at the n-th call of a function.
+SUICIDE = """
+import os, signal, sys, torch
+owner, name, calls, *argv = sys.argv[1:]
+owner = {"os": os, "Adam": torch.optim.Adam}[owner]
+function, left = getattr(owner, name), int(calls)
+def counted(*args, **kwargs):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **kwargs)
+setattr(owner, name, counted)
+import train_reference
+train_reference.main(argv)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tiny_data(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    assert train(*FLAGS, "--data", data, "--output", run) == 0
+    return run
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+def assert_same_run(run, expected):
+    assert metrics(run) == metrics(expected)
+    for name in ("best.pt", "checkpoint.pt"):
+        ours, theirs = (torch.load(d / name, weights_only=True) for d in (run, expected))
+        for content in (ours, theirs):
+            for line in content.get("history", []):
+                del line["seconds"]
+        assert_same(ours, theirs)
+    assert {p.name for p in run.iterdir()} - {p.name for p in expected.iterdir()} == set()
+
+
+def assert_same(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+# 8 steps an epoch. fsync is called twice a file (the file, then its directory), in this order:
+# vocabulary, checkpoint, best; then for each epoch checkpoint, best, metrics, curves.
+KILLS = {
+    "in the first epoch": ("Adam", "step", 3),
+    "in the middle of the second epoch": ("Adam", "step", 13),
+    "with half of a checkpoint written": ("os", "fsync", 15),
+    "between the checkpoint and the best model": ("os", "fsync", 9),
+    "before the metrics are renamed": ("os", "replace", 10),
+    "before the last metrics": ("os", "fsync", 31),
+}
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_sigkill_and_resume(kill, data, unbroken, tmp_path):
+    owner, name, calls = KILLS[kill]
+    run = tmp_path / "run"
+    argv = [*FLAGS, "--data", str(data), "--output", str(run)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SUICIDE, owner, name, str(calls), *argv]
+    process = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert metrics_are_whole(run)
+
+    assert train("--output", run, "--resume") == 0
+    assert_same_run(run, unbroken)
+
+
+def metrics_are_whole(run):
+    path = run / "metrics.jsonl"
+    return not path.exists() or (path.read_text().endswith("\n") and metrics(run) is not None)
+
+
+def test_killed_before_the_first_checkpoint(data, unbroken, tmp_path):
+    run = tmp_path / "run"
+    argv = [*FLAGS, "--data", str(data), "--output", str(run)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SUICIDE, "os", "fsync", "3", *argv]
+    subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert not (run / "checkpoint.pt").exists()
+    assert train(*argv) == 0
+    assert_same_run(run, unbroken)
+
+
+def test_resuming_a_finished_run_shows_its_table_again(data, unbroken, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = [*FLAGS, "--data", str(data), "--output", str(run)]
+    assert train(*argv) == 0
+    first = capsys.readouterr().out
+    before = metrics(run)
+    assert train("--output", run, "--resume", "--batch-size", 32) == 0
+    assert capsys.readouterr().out == first
+    assert metrics(run) == before
+    assert_same_run(run, unbroken)
+
+
+def test_another_seed_gives_other_numbers(data, unbroken, tmp_path):
+    run = tmp_path / "run"
+    assert train(*FLAGS, "--seed", 4, "--data", data, "--output", run) == 0
+    assert metrics(run) != metrics(unbroken)
+
+
+def test_resume_after_the_data_moved(data, unbroken, tmp_path):
+    run = tmp_path / "run"
+    moved = write_tiny_data(tmp_path / "moved")
+    argv = [*FLAGS, "--data", str(moved), "--output", str(run)]
+    assert train(*argv) == 0
+    moved.rename(tmp_path / "elsewhere")
+    assert train("--output", run, "--resume", "--data", tmp_path / "elsewhere") == 0
+    assert metrics(run) == metrics(unbroken)

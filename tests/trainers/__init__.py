@@ -1,0 +1,1 @@
+"""Training loops of the shape that users have, with a loss that can be exchanged."""

@@ -1,0 +1,146 @@
+"""Compiles, without a GPU, exactly what the host code of the Triton backend launches.
+
+`record_launches` replaces the launch of every kernel by a note of its arguments; `compile_all` turns
+such notes into machine code for a GPU architecture and reads what it needs of a multiprocessor.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+OPTIONS = ("num_warps", "num_stages")
+_DTYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: dict  # by name; tensors as ("*bf16", aligned)
+    options: dict
+
+    @property
+    def key(self) -> tuple:
+        """Launches of the same key compile to the same code, up to what is known of integers: which
+        are multiples of 16 varies between the rectangles of one call."""
+        arguments = [
+            (kind, str(value), divisible and kind.startswith("*"))
+            for kind, value, divisible in self.arguments.values()
+        ]
+        return self.kernel.__name__, *arguments, *self.options.items()
+
+
+class Compiled(NamedTuple):
+    registers: int
+    stack: int
+    spills: int
+    shared: int  # bytes of shared memory
+    threads: int
+    ptx: str
+
+    def programs_per_multiprocessor(self, registers: int, shared: int) -> int:
+        """How many fit, by registers (allocated by the warp, 256 at a time) and shared memory."""
+        warps = self.threads // 32
+        per_warp = -(-self.registers * 32 // 256) * 256
+        return min(registers // (per_warp * warps), shared // (self.shared + 1024))
+
+
+def _describe(name: str, value, is_constant: bool):
+    if is_constant or value is None:
+        return "constexpr", value, False
+    if isinstance(value, torch.Tensor):
+        return "*" + _DTYPES[value.dtype], None, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        block = ", ".join(map(str, value.block_shape))
+        return f"tensordesc<{_DTYPES[value.base.dtype]}[{block}]>", None, False
+    if isinstance(value, bool):
+        return "i1", None, False
+    if isinstance(value, int):
+        if value == 1:
+            return "constexpr", 1, False
+        return ("i32" if abs(value) < 2**31 else "i64"), None, value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", None, False
+    raise TypeError(f"{name}: {value!r}")
+
+
+@contextlib.contextmanager
+def record_launches():
+    launches = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        bound = kernel.signature.bind(*args, **kwargs).arguments
+        constant = {p.name for p in kernel.params if p.is_constexpr}
+        described = {
+            name: _describe(name, value, name in constant) for name, value in bound.items()
+        }
+        launches.append(Launch(kernel, described, options))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    signature, constants, attributes = {}, {}, {}
+    for position, (name, (kind, value, divisible)) in enumerate(launch.arguments.items()):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(position,)] = value
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options=launch.options)
+    return Compiled(
+        **_resources(kernel.asm["cubin"]),
+        shared=kernel.metadata.shared,
+        threads=32 * kernel.metadata.num_warps,
+        ptx=kernel.asm["ptx"],
+    )
+
+
+_launches: list[Launch] = []  # what compile_all's workers inherit; a kernel cannot be pickled
+
+
+def compile_all(launches: list[Launch], capability: int) -> list[Compiled]:
+    """`compile_launch` for each, on all processors."""
+    _launches[:] = launches
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=fork) as pool:
+        numbers = range(len(launches))
+        return list(pool.map(_compile_number, numbers, [capability] * len(launches)))
+
+
+def _compile_number(number: int, capability: int) -> Compiled:
+    return compile_launch(_launches[number], capability)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", report).groups()
+    return {"registers": int(registers), "stack": int(stack), "spills": int(local)}

@@ -1,0 +1,1 @@
+"""What train_reference.py needs around its loop: data, model, losses, checkpoints, reports."""
