@@ -31,7 +31,7 @@ DIM = 1024
 THREADS = 2
 MEMORY_ROWS, MEMORY_DIM = 65536, 128
 
-EXACT = "hardest, without the bfloat16 search"
+IN_FLOAT32 = "hardest, without the bfloat16 search"
 CROSS_ENTROPY = "all_negatives, eager as two cross_entropy"
 # loss, N, dtype, GEMMs in the floor, targets: ratio to eager and ratio to the floor (None: no target)
 CASES = [
@@ -40,7 +40,7 @@ CASES = [
     ("hardest", 1024, "float32", 1, 0.40, None),
     ("all_negatives", 1024, "float32", 4, 1.00, None),
     ("hardest", 8192, "float32", 1, 0.15, 0.50),
-    (EXACT, 8192, "float32", 1, None, 1.20),
+    (IN_FLOAT32, 8192, "float32", 1, None, 1.20),
     ("all_negatives", 8192, "float32", 4, 0.60, 1.20),
     (CROSS_ENTROPY, 8192, "float32", 4, None, 1.20),
     ("hardest", 8192, "bfloat16", 1, 0.15, 1.50),
@@ -116,14 +116,14 @@ def loss_step(loss, rows: int, dtype: str):
     return step
 
 
-def exact_step(rows: int, dtype: str):
+def float32_step(rows: int, dtype: str):
     """The fused hardest-negative step as a CPU without fast bfloat16 takes it, loss formula aside."""
     images, captions = embeddings(rows, dtype)
     ops = torch.ops.fused_vse_cpu
     d_positive, d_score = torch.full((rows,), -20.0 / rows), torch.full((2, rows), 10.0 / rows)
 
     def step():
-        positive, _, index = ops.hardest_negatives_exact(images, captions, None, None, rows)
+        positive, _, index = ops.hardest_negatives_in_float32(images, captions, None, None, rows)
         ops.hardest_negatives_backward(
             d_positive, d_score, positive, index, images, captions, True, True
         )
@@ -145,8 +145,8 @@ def test_step(benchmark, case, contender):
     loss, rows, dtype = case[:3]
     if contender == "gemm":
         step = gemm_step(rows, dtype)
-    elif loss == EXACT:
-        step = exact_step(rows, dtype)
+    elif loss == IN_FLOAT32:
+        step = float32_step(rows, dtype)
     else:
         step = loss_step((FUSED if contender == "fused" else EAGER)[loss], rows, dtype)
     benchmark.extra_info.update(case=case, contender=contender)

@@ -77,9 +77,9 @@ def test_vsepp_in_double_precision():
 def test_vsepp(vsepp_run):
     curve, recalls = vsepp_run
     ours, our_recalls = vsepp.train(ContrastiveLoss(MARGIN))
-    warm_up = int(vsepp.WARM_UP * len(curve))
-    assert apart(curve[:warm_up], ours[:warm_up]) < 1e-4
-    # From here on, hardest negatives that are equal but for rounding decide between two ways.
+    # A hinge that rounding opens or closes changes a gradient by a whole row. Embeddings moved by one
+    # unit in the last place send the original itself 3 % off its curve.
+    assert apart(curve[:10], ours[:10]) < 1e-5
     assert apart(curve, ours) < 0.1
     assert recalls == pytest.approx(our_recalls, abs=0.05)
 
@@ -89,6 +89,8 @@ def test_vsepp_in_lock_step(vsepp_run):
     curve, _ = vsepp.train(both)
     assert torch.equal(curve, vsepp_run[0])
     assert both.value_error < 1e-6
+    # All steps but those in which rounding opens or closes a hinge.
+    assert both.gradient_errors.quantile(0.9) < 1e-5
 
 
 def test_open_clip_in_double_precision():
@@ -119,4 +121,4 @@ def test_open_clip_with_amp_in_lock_step():
     both = LockStep(SymmetricCrossEntropy(True), ClipLoss())
     open_clip.train(both)
     assert both.value_error < 1e-6
-    assert both.gradient_error < 2**-7  # each is rounded to bfloat16 at least once
+    assert both.gradient_errors.max() < 2**-7  # each is rounded to bfloat16 at least once

@@ -77,8 +77,9 @@ void gather(int64_t size, int64_t k, const T* d_positive, const T* d_own, const 
 // Below this size the search costs more than it saves.
 constexpr int64_t MIN_SEARCHED_SCORES = 256 * 256;
 
-// Scores only what a bfloat16 GEMM cannot rule out. False, with nothing decided, where the CPU does not
-// multiply bfloat16 fast or where almost nothing can be ruled out.
-bool search_certified(const Problem<float>& problem, Best<float>* best_of_rows, Best<float>* best_of_cols);
+// Scores only what a library GEMM in `precision` (BFloat16 or Float; none: the faster one here) cannot
+// rule out. False, with nothing decided, where the CPU lacks it or almost nothing can be ruled out.
+bool search_certified(const Problem<float>& problem, std::optional<ScalarType> precision,
+                      Best<float>* best_of_rows, Best<float>* best_of_cols);
 
 }  // namespace fused_vse

@@ -78,7 +78,7 @@ void search_everything(const Problem<T>& problem, Best<T>* rows, Best<T>* cols) 
   search_exactly(problem, range(k, problem.n), range(0, k), static_cast<Best<T>*>(nullptr), cols);
 }
 
-enum class Search { AUTO, EXACT, CERTIFIED };
+enum class Search { AUTO, EXACT, IN_FLOAT32, IN_BFLOAT16 };
 
 template <Search search>
 std::tuple<Tensor, Tensor, Tensor> hardest_negatives(const Tensor& images, const Tensor& captions,
@@ -100,11 +100,15 @@ std::tuple<Tensor, Tensor, Tensor> hardest_negatives(const Tensor& images, const
     Best<T> rows(problem.n), cols(problem.m);
     bool done = false;
     if constexpr (std::is_same_v<T, float>) {
-      const bool worth_it = problem.n * problem.m >= MIN_SEARCHED_SCORES;
-      if (search == Search::CERTIFIED || (search == Search::AUTO && worth_it))
-        done = search_certified(problem, &rows, &cols);
+      if constexpr (search == Search::AUTO) {
+        if (problem.n * problem.m >= MIN_SEARCHED_SCORES)
+          done = search_certified(problem, std::nullopt, &rows, &cols);
+      } else if constexpr (search != Search::EXACT) {
+        const auto precision = search == Search::IN_FLOAT32 ? ScalarType::Float : ScalarType::BFloat16;
+        done = search_certified(problem, precision, &rows, &cols);
+        STD_TORCH_CHECK(done, "the certified search is not available");
+      }
     }
-    STD_TORCH_CHECK(done || search != Search::CERTIFIED, "the certified search is not available");
     if (!done) {
       rows = Best<T>(problem.n);
       cols = Best<T>(problem.m);
@@ -163,15 +167,17 @@ std::tuple<Tensor, Tensor> hardest_negatives_backward(const Tensor& d_positive, 
 STABLE_TORCH_LIBRARY(fused_vse_cpu, m) {
   m.def(HARDEST_NEGATIVES_SCHEMA);
   m.def(HARDEST_NEGATIVES_BACKWARD_SCHEMA);
-  // For tests and benchmarks: the two searches by themselves.
+  // For tests and benchmarks: the searches by themselves.
   m.def("hardest_negatives_exact" HARDEST_NEGATIVES_ARGUMENTS);
-  m.def("hardest_negatives_certified" HARDEST_NEGATIVES_ARGUMENTS);
+  m.def("hardest_negatives_in_float32" HARDEST_NEGATIVES_ARGUMENTS);
+  m.def("hardest_negatives_in_bfloat16" HARDEST_NEGATIVES_ARGUMENTS);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cpu, CPU, m) {
   m.impl("hardest_negatives", TORCH_BOX(&hardest_negatives<Search::AUTO>));
   m.impl("hardest_negatives_exact", TORCH_BOX(&hardest_negatives<Search::EXACT>));
-  m.impl("hardest_negatives_certified", TORCH_BOX(&hardest_negatives<Search::CERTIFIED>));
+  m.impl("hardest_negatives_in_float32", TORCH_BOX(&hardest_negatives<Search::IN_FLOAT32>));
+  m.impl("hardest_negatives_in_bfloat16", TORCH_BOX(&hardest_negatives<Search::IN_BFLOAT16>));
   m.impl("hardest_negatives_backward", TORCH_BOX(&hardest_negatives_backward));
 }
 

@@ -68,7 +68,7 @@ const Kernels<double>& kernels<double>() {
 
 const SearchKernels* search_kernels() {
 #if FUSED_VSE_X86
-  // The library's bfloat16 GEMM beats its float32 GEMM only with one of these; AMX implies the first.
+  // Every CPU with AMX has it, too.
   if (isa() == Isa::AVX512 && __builtin_cpu_supports("avx512bf16")) return SEARCH_KERNELS_AVX512;
 #endif
   return nullptr;

@@ -40,6 +40,9 @@ struct Kernels {
 
   // row_max[r] = max_c s; col_max[c] = max(col_max[c], max_r s).
   void (*maxima)(const T* tile, int64_t rows, int64_t cols, int64_t ld, T* row_max, T* col_max);
+  // Lists the columns of one row with s >= row_threshold, and those with s >= col_threshold[c].
+  void (*scan)(const T* row, int64_t cols, T row_threshold, const T* col_threshold, int32_t* row_hits,
+               int64_t* num_row_hits, int32_t* col_hits, int64_t* num_col_hits);
   // row_sum[r] = sum_c exp(scale * (s - row_max[r])); col_sum[c] += sum_r exp(scale * (s - col_max[c])).
   void (*exp_sums)(const T* tile, int64_t rows, int64_t cols, int64_t ld, T scale, const T* row_max,
                    const T* col_max, T* row_sum, T* col_sum);
@@ -58,19 +61,20 @@ struct Kernels {
 template <typename T>
 const Kernels<T>& kernels();
 
-// What the certified search needs besides. A key is a bfloat16 as an integer of the same order.
+// What the certified search in bfloat16 needs. A key is a bfloat16 as an integer of the same order.
 struct SearchKernels {
   // Turns the bits of bfloat16 scores into keys, in place. row_max[r] = max_c key;
   // col_max[c] = max(col_max[c], max_r key).
   void (*maxima)(int16_t* tile, int64_t rows, int64_t cols, int64_t ld, int16_t* row_max, int16_t* col_max);
-  // Lists the columns of one row with key >= row_threshold, and those with key >= col_threshold[c].
+  // As Kernels::scan.
   void (*scan)(const int16_t* row, int64_t cols, int16_t row_threshold, const int16_t* col_threshold,
                int32_t* row_hits, int64_t* num_row_hits, int32_t* col_hits, int64_t* num_col_hits);
-  // q = x rounded to bfloat16 (to nearest even); |x|, |q| and |x - q|, each rounded up.
-  void (*quantize)(const float* x, int64_t d, uint16_t* q, double* norm, double* q_norm, double* error);
+  // q = x rounded to bfloat16 (to nearest even), and the sums of the squares of x, q and x - q.
+  void (*quantize)(const float* x, int64_t d, uint16_t* q, float* x_squares, float* q_squares,
+                   float* error_squares);
 };
 
-// nullptr where the CPU has no fast bfloat16 multiplication.
+// nullptr where the CPU does not multiply bfloat16.
 const SearchKernels* search_kernels();
 
 }  // namespace fused_vse

@@ -193,6 +193,32 @@ void maxima(const T* tile, int64_t rows, int64_t cols, int64_t ld, T* row_max, T
   for (; r < rows; ++r) maxima_rows<T, 1>(tile + r * ld, cols, ld, row_max + r, col_max);
 }
 
+// Hits are rare: a branch for SCANNED registers at a time.
+constexpr int64_t SCANNED = 8;
+
+template <typename T>
+void scan(const T* row, int64_t cols, T row_threshold, const T* col_threshold, int32_t* row_hits,
+          int64_t* num_row_hits, int32_t* col_hits, int64_t* num_col_hits) {
+  int64_t n_row = 0, n_col = 0;
+  for (int64_t begin = 0; begin < cols; begin += SCANNED * LANES<T>) {
+    const int64_t n = cols - begin < SCANNED * LANES<T> ? cols - begin : SCANNED * LANES<T>;
+    IntVec<T> hits = {};
+    for_each_vec<T>(n, [&](int64_t k, auto access) __attribute__((always_inline)) {
+      const Vec<T> s = access.load(row + begin + k, std::numeric_limits<T>::lowest());
+      hits |= (s >= row_threshold) | (s >= access.load(col_threshold + begin + k));
+    });
+    bool any = false;
+    for (int64_t k = 0; k < LANES<T>; ++k) any |= hits[k] != 0;
+    if (__builtin_expect(!any, 1)) continue;
+    for (int64_t c = begin; c < begin + n; ++c) {
+      if (row[c] >= row_threshold) row_hits[n_row++] = static_cast<int32_t>(c);
+      if (row[c] >= col_threshold[c]) col_hits[n_col++] = static_cast<int32_t>(c);
+    }
+  }
+  *num_row_hits = n_row;
+  *num_col_hits = n_col;
+}
+
 constexpr double LOG2_E = 1.4426950408889634;
 
 // 2^x with at most 1 ulp of error in [-126, 127]; 0 below. 2^x = 2^n 2^f, f in [-1/2, 1/2], and a minimax
@@ -302,10 +328,19 @@ void hinge_gradient(const T* tile, int64_t rows, int64_t cols, int64_t ld, const
 
 template <typename T>
 constexpr Kernels<T> TABLE = {
-    pairs<T, DotProduct>, pairs<T, OrderViolation>, order_sums<T, true>,
-    order_sums<T, false>, weighted_sum<T>,          max_abs<T>,
-    normalize<T>,         normalize_backward<T>,    maxima<T>,
-    exp_sums<T>,          exp_gradient<T>,          hinge_sums<T>,
+    pairs<T, DotProduct>,
+    pairs<T, OrderViolation>,
+    order_sums<T, true>,
+    order_sums<T, false>,
+    weighted_sum<T>,
+    max_abs<T>,
+    normalize<T>,
+    normalize_backward<T>,
+    maxima<T>,
+    scan<T>,
+    exp_sums<T>,
+    exp_gradient<T>,
+    hinge_sums<T>,
     hinge_gradient<T>,
 };
 

@@ -74,14 +74,8 @@ void search_scan(const int16_t* row, int64_t cols, int16_t row_threshold, const 
   *num_col_hits = n_col;
 }
 
-// A float32 sum of d squares, d < 2^16, is off by less than 2^-8 relative, and by 2^-126 a term where
-// squares underflow.
-inline double norm_above(__m512 squares, int64_t d) {
-  return __builtin_sqrt(double(horizontal_sum<float>(Vec<float>(squares)))) * (1 + 0x1p-8) +
-         __builtin_sqrt(d) * 0x1p-63;
-}
-
-void search_quantize(const float* x, int64_t d, uint16_t* q, double* norm, double* q_norm, double* error) {
+void search_quantize(const float* x, int64_t d, uint16_t* q, float* x_squares, float* q_squares,
+                     float* error_squares) {
   __m512 xx = _mm512_setzero_ps(), qq = xx, ee = xx;
   for (int64_t k = 0; k < d; k += 16) {
     const __mmask16 mask = d - k >= 16 ? __mmask16(0xffff) : (__mmask16(1) << (d - k)) - 1;
@@ -97,9 +91,9 @@ void search_quantize(const float* x, int64_t d, uint16_t* q, double* norm, doubl
     qq = _mm512_fmadd_ps(rounded, rounded, qq);
     ee = _mm512_fmadd_ps(difference, difference, ee);
   }
-  *norm = norm_above(xx, d);
-  *q_norm = norm_above(qq, d);
-  *error = norm_above(ee, d);
+  *x_squares = horizontal_sum<float>(Vec<float>(xx));
+  *q_squares = horizontal_sum<float>(Vec<float>(qq));
+  *error_squares = horizontal_sum<float>(Vec<float>(ee));
 }
 
 constexpr SearchKernels SEARCH_TABLE = {search_maxima, search_scan, search_quantize};

@@ -72,7 +72,8 @@ class LockStep(nn.Module):
         super().__init__()
         self.original, self.other = original, other
         self.max_violation = False
-        self.value_error = self.gradient_error = 0.0  # relative; of the embeddings
+        self.value_error = 0.0  # relative
+        self.gradient_errors = torch.empty(0)  # of the embeddings, in each step, relative
 
     def forward(self, *args, **kwargs):
         answers = []
@@ -92,5 +93,6 @@ class LockStep(nn.Module):
             for x, y in zip(*answers, strict=True)
         ]
         self.value_error = max(self.value_error, errors[0])
-        self.gradient_error = max(self.gradient_error, *errors[1:])
+        worst = torch.tensor([max(errors[1:])])
+        self.gradient_errors = torch.cat([self.gradient_errors, worst])
         return self.original(*args, **kwargs)
