@@ -1,12 +1,8 @@
 """The stand-ins for packages, against the real ones, which come with the extra "peers"."""
 
-import os
-import socket
-
 import pytest
 import torch
-from test_integrations import BATCHES, B, D, assert_same, random_batch, run, unit_rows
-from torch import multiprocessing
+from test_integrations import BATCHES, B, D, assert_same, random_batch, unit_rows
 
 LABELS = torch.arange(B)
 
@@ -66,78 +62,6 @@ def test_clip_loss_with_bias(clip_losses):
     assert torch.isclose(ours, theirs, atol=1e-6)
     ours.backward()
     assert bias.grad == 0  # theirs is a rounding error
-
-
-MODES = [(False, False), (True, False), (False, True), (True, True)]
-
-
-def _rank(rank: int, port: int, result) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    import open_clip
-
-    from fused_vse.integrations.open_clip import ClipLoss
-
-    im, s = random_batch()
-    own = slice(rank * B // 2, (rank + 1) * B // 2)
-    answers = {}
-    for project, make in (("ours", ClipLoss), ("theirs", open_clip.ClipLoss)):
-        for mode in MODES:
-            loss = make(*mode, rank=rank, world_size=2)
-            leaves = [im[own].clone().requires_grad_(), s[own].clone().requires_grad_()]
-            scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
-            value = loss(*leaves, scale)
-            gradients = torch.autograd.grad(value, [*leaves, scale])
-            answers[project, mode] = [x.detach().numpy() for x in (value, *gradients)]
-    result.put((rank, answers))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    """(project, mode) to what both ranks computed, and what one process computes."""
-    open_clip = require("open_clip")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    ranks = dict(queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
-    answers = {
-        key: [[torch.from_numpy(x) for x in ranks[rank][key]] for rank in range(2)]
-        for key in ranks[0]
-    }
-    loss = open_clip.ClipLoss()
-    inputs = (*random_batch(), torch.tensor(20.0))
-    return answers, run(loss, inputs, torch.float64)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_clip_loss_on_two_ranks_has_the_gradient_of_one_process(two_ranks, mode):
-    """DDP averages over the ranks: features get half of what a rank's backward pass gives them."""
-    answers, (value, d_images, d_texts, d_scale) = two_ranks
-    first, second = answers["ours", mode]
-    for side, expected in ((1, d_images), (2, d_texts)):
-        averaged = torch.cat([first[side], second[side]]) / 2
-        assert torch.allclose(averaged, expected, rtol=1e-10, atol=1e-12)
-    assert torch.isclose((first[3] + second[3]) / 2, d_scale, rtol=1e-10)
-    assert torch.isclose((first[0] + second[0]) / 2, value, rtol=1e-12)
-
-
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_clip_loss_on_two_ranks_has_the_projects_value(two_ranks, mode):
-    answers, _ = two_ranks
-    for ours, theirs in zip(answers["ours", mode], answers["theirs", mode], strict=True):
-        assert torch.isclose(ours[0], theirs[0], rtol=1e-12)
-        if mode[1]:  # the modes in which the project's gradient is right
-            for x, y in zip(ours[1:3], theirs[1:3], strict=True):
-                assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------- sentence_transformers
