@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..statistics import NegativeLogsumexp, negative_logsumexp
+from ..arguments import check_batch
+from ..statistics import NegativeLogsumexp, logsumexp_statistic, prepare
 
 try:
     from sentence_transformers import losses
@@ -35,7 +36,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         columns = len(embeddings) - 1
 
         both = self._statistic(queries, documents, own)
-        positive = both.positive_scores * self.scale
+        # In float64, as the sums are: the terms below nearly cancel.
+        positive = both.positive_scores.double() * self.scale
         # Every term is log Σ exp over one direction's candidates; two of them hold the positive, too.
         logits = {
             "query_to_doc": torch.logaddexp(both.logsumexp[0], positive),
@@ -51,19 +53,14 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
         terms = torch.stack([logits[direction] for direction in self.directions])
         normalizer = terms.logsumexp(0) if self.partition_mode == "joint" else terms.mean(0)
-        return (normalizer - positive).mean()
+        return (normalizer - positive).mean().to(both.positive_scores.dtype)
 
     def _statistic(
         self, rows: Tensor, columns: Tensor, own: int, **ids: Tensor
     ) -> NegativeLogsumexp:
-        return negative_logsumexp(
-            rows,
-            columns,
-            temperature=1 / self.scale,
-            num_pairs=own,
-            normalize=self.similarity_fct is cos_sim,
-            **ids,
-        )
+        batch = check_batch(rows, columns, num_pairs=own, **ids)
+        batch, backend = prepare(batch, self.similarity_fct is cos_sim, "dot", "auto")
+        return logsumexp_statistic(batch, float(self.scale), backend)
 
 
 def _own_first(column: Tensor, own: int) -> Tensor:
