@@ -8,6 +8,7 @@ With open_clip installed it is a subclass of the original; without, it stands by
 import torch
 from torch import Tensor, distributed, nn
 
+from ..distributed import gather_rows
 from ..losses import all_negatives_loss
 
 try:
@@ -60,7 +61,7 @@ class ClipLoss(_Original):
         if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
             logit_scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
         if self.world_size > 1:
-            image_features, text_features = map(self._own_first, (image_features, text_features))
+            image_features, text_features = gather_rows(image_features), gather_rows(text_features)
         loss = all_negatives_loss(
             image_features,
             text_features,
@@ -73,13 +74,6 @@ class ClipLoss(_Original):
         if logit_bias is not None:
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _own_first(self, features: Tensor) -> Tensor:
-        """[B, D] to [W B, D], through which every rank's gradient comes back."""
-        from torch.distributed.nn import all_gather  # not in every build of torch
-
-        ranks = all_gather(features)
-        return torch.cat([*ranks[self.rank :], *ranks[: self.rank]])
 
     def _mean_over_ranks(self, loss: Tensor) -> Tensor:
         total = loss.detach().clone()

@@ -1,0 +1,36 @@
+"""Negatives from all ranks, with the gradients of one process.
+
+    images, captions = gather_rows(own_images), gather_rows(own_captions)
+    loss = all_negatives_loss(images, captions, num_pairs=len(own_images))
+
+Every rank takes its own pairs as anchors and compares them with the rows of all ranks, in memory that
+grows with the global batch and not with its square. Its value is the mean over its own pairs; averaged
+over the ranks, as DistributedDataParallel does with gradients, value and gradient are those of one
+process with the whole batch.
+"""
+
+import torch
+from torch import Tensor, distributed
+
+
+def gather_rows(rows: Tensor, group: "distributed.ProcessGroup | None" = None) -> Tensor:
+    """Returns the rows of all ranks, this rank's first: [B, ...] to [W * B, ...].
+
+    In the backward pass every rank's gradient comes back to the rank that the row is from. Ids are
+    gathered likewise. Without an initialised process group, or with one rank, returns `rows`.
+
+    Args:
+        rows: [B, ...] of any dtype, with the same B on every rank (`drop_last=True`).
+        group: default: all ranks.
+    """
+    if not isinstance(rows, Tensor) or rows.dim() == 0:
+        raise TypeError(f"rows must be a tensor of shape [B, ...], got {rows!r}")
+    if not distributed.is_available() or not distributed.is_initialized():
+        return rows
+    if distributed.get_world_size(group) == 1:
+        return rows
+    from torch.distributed.nn.functional import all_gather  # not in every build of torch
+
+    own = distributed.get_rank(group)
+    ranks = all_gather(rows.contiguous(), distributed.group.WORLD if group is None else group)
+    return torch.cat([*ranks[own:], *ranks[:own]])
