@@ -148,6 +148,11 @@ def _register(namespace: str, fakes: tuple, prefix: str = "_") -> None:
 def register_fakes(namespace: str) -> None:
     """Gives every op of `torch.ops.<namespace>` its fake implementation."""
     register_statistic_fakes(namespace)
+    register_normalize_fakes(namespace)
+
+
+def register_normalize_fakes(namespace: str) -> None:
+    """The same for the normalisation alone."""
     _register(namespace, (_l2_normalize, _l2_normalize_backward))
 
 
