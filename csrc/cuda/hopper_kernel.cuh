@@ -1,6 +1,7 @@
 // One pass over S = I T^t for sm_90a: the row and the column statistics of every tile, S never stored.
 //
-//   s_ij = <I_i, T_j>;   item(i) = merge over the negatives j of i,   item(j) = merge over the negatives i of j
+//   s_ij = <I_i, T_j>;   item(i) = merge over the negatives j of i,   item(j) = merge over the negatives i of
+//   j
 //
 // A block is one producer warp and two consumer warpgroups that take turns ("ping-pong"): while one
 // multiplies, the other reduces the tile that it has just multiplied.
@@ -11,7 +12,8 @@
 //       wait until stage is empty         for k in D / 64:
 //       copy I[128 rows, k] to it           wait until stage is full
 //       copy my half of T[192 rows, k]      acc += I[128, k] T[192, k]^t             8 wgmma, asynchronous
-//         to it, in both blocks             wait for the step before; tell both blocks that its stage is empty
+//         to it, in both blocks             wait for the step before; tell both blocks that its stage is
+//         empty
 //                                         give the turn to the other
 //                                         wait for the last step; its stage is empty
 //                                         reduce acc: within a thread, across lanes by swap-shuffle, and the
@@ -21,8 +23,8 @@
 // epilogue stays hidden as long as it takes less than the other's multiplication, 12 D clocks.
 //
 // Budget of a block (one a multiprocessor), checked by tests/test_cuda_hopper_compile.py:
-//   registers  128 producer threads x 24 + 256 consumer threads x 240 = 64512 of 65536
-//   shared     5 stages x 40 KiB + 12 KiB to exchange column items + barriers = 212 KiB of 227
+//   registers  128 producer threads x 40 + 256 consumer threads x 232 = 64512 = 384 x the 168 at its start
+//   shared     5 stages x 40 KiB + 12 KiB to exchange column items + barriers = 213 KiB of 227
 #pragma once
 
 #include "hopper_ptx.cuh"
@@ -46,42 +48,47 @@ struct __align__(1024) Stage {
 constexpr int STAGE_BYTES = sizeof(Stage);
 constexpr int SHARE_BYTES = SHARE_COLS * TILE_DEPTH * 2;
 
+template <typename Prepared>
 struct Shared {
   Stage stages[STAGES];
   uint64_t column_items[2][WARPS][TILE_COLS];  // of each consumer
   uint64_t full[STAGES], empty[STAGES];
+  Prepared prepared;  // what the statistic computes once; registers are for scores
 };
 // Dynamic shared memory begins on a 16-byte boundary only as far as is promised.
-constexpr int SHARED_BYTES = sizeof(Shared) + 1024;
+template <typename Problem>
+constexpr int SHARED_BYTES = sizeof(Shared<typename Problem::Prepared>) + 1024;
 
 // Named barriers; 0 is __syncthreads'.
 constexpr int TURN_BARRIER = 1;      // + consumer
 constexpr int EPILOGUE_BARRIER = 3;  // + consumer
 
-struct Walk {
-  Rectangle rectangle;
-  int num_pairs;
-  int depth_steps;
-  const int64_t *image_ids, *caption_ids;          // or both null
-  const IdRange *row_ranges, *column_ranges;       // of their tiles
-  int cluster, clusters;                           // filled in by the kernel
-  FUSED_VSE_HD int my_tiles() const { return tiles_of_cluster(cluster, clusters, rectangle.cluster_tiles()); }
-  FUSED_VSE_HD Tile tile(int turn, int rank) const {
-    return tile_at(cluster + turn * clusters, rank, rectangle);
+// A block's share of the tiles. Both blocks of a cluster have as many.
+struct Share {
+  const Walk& walk;
+  int rank;  // of the block in its cluster
+
+  __device__ __forceinline__ int turns() const {
+    return tiles_of_cluster(blockIdx.x / CLUSTER, gridDim.x / CLUSTER, walk.rectangle.cluster_tiles());
+  }
+  __device__ __forceinline__ Tile tile(int turn) const {
+    return tile_at(blockIdx.x / CLUSTER + turn * (gridDim.x / CLUSTER), rank, walk.rectangle);
   }
 };
 
 #ifdef FUSED_VSE_SM90A
 
-__device__ __forceinline__ void produce(const CUtensorMap* images, const CUtensorMap* captions, Shared& shared,
-                                        const Walk& walk, int rank) {
+template <typename Shared>
+__device__ __forceinline__ void produce(const CUtensorMap* images, const CUtensorMap* captions,
+                                        Shared& shared, const Share& share) {
   ptx::prefetch(images);
   ptx::prefetch(captions);
   RingPosition position;
-  for (int turn = 0; turn < walk.my_tiles(); ++turn) {
-    const Tile tile = walk.tile(turn, rank);
-    const int row = tile.row(walk.rectangle), share = tile.column() + rank * SHARE_COLS;
-    for (int step = 0; step < walk.depth_steps; ++step) {
+  const int turns = share.turns();
+  for (int turn = 0; turn < turns; ++turn) {
+    const Tile tile = share.tile(turn);
+    const int row = tile.row(share.walk.rectangle), column = tile.column() + share.rank * SHARE_COLS;
+    for (int step = 0; step < share.walk.depth_steps; ++step) {
       Stage& stage = shared.stages[position.stage];
       uint64_t* full = &shared.full[position.stage];
       // In both blocks: half of what this one copies goes to the other. A byte may get there before the
@@ -89,7 +96,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* images, const CUtenso
       ptx::mbarrier_wait(&shared.empty[position.stage], position.phase ^ 1);
       ptx::mbarrier_arrive_expect_bytes(full, STAGE_BYTES);
       ptx::copy_box(stage.images, images, step * TILE_DEPTH, row, full);
-      ptx::copy_box_to(stage.captions + rank * SHARE_BYTES, captions, step * TILE_DEPTH, share, full,
+      ptx::copy_box_to(stage.captions + share.rank * SHARE_BYTES, captions, step * TILE_DEPTH, column, full,
                        (1 << CLUSTER) - 1);
       position.advance(1);
     }
@@ -97,9 +104,9 @@ __device__ __forceinline__ void produce(const CUtensorMap* images, const CUtenso
 }
 
 // acc = I[rows of the tile] T[columns of the tile]^t. `position` is that of the tile's first stage.
-template <typename Element>
-__device__ __forceinline__ void multiply(Fragment& acc, Shared& shared, RingPosition position, int depth_steps,
-                                         bool another_turn, int other, int lane) {
+template <typename Element, typename Shared>
+__device__ __forceinline__ void multiply(Fragment& acc, Shared& shared, RingPosition position,
+                                         int depth_steps, bool another_turn, int other, int lane) {
   int previous = -1;
   // One arrival a warp and block, by lanes 0 and 1: `empty` counts the warps of both blocks.
   const auto release = [&](int stage) {
@@ -158,12 +165,11 @@ __device__ __forceinline__ void swap_reduce(Item* items, int lane) {
 // again when this warpgroup passes its next turn barrier, which all its threads have to reach.
 template <typename Statistic, typename Sink>
 __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic, const Sink& sink,
-                                       const Walk& walk, Tile tile, uint64_t (*exchanged)[TILE_COLS], int consumer,
-                                       int thread) {
+                                       const Walk& walk, Tile tile, uint64_t (*exchanged)[TILE_COLS],
+                                       int consumer, int thread) {
   using Item = typename Statistic::Item;
   const int warp = thread / 32, lane = thread % 32;
-  const Rectangle& rectangle = walk.rectangle;
-  const int row0 = tile.row(rectangle), column0 = tile.column();
+  const int row0 = tile.row(walk.rectangle), column0 = tile.column();
   statistic.prepare(acc);
 
   Item rows[LANE_ROWS];
@@ -173,7 +179,7 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
                                         column0 + lane_column(lane, 0, 0));
   swap_reduce<ROW_STRIDE, LANE_ROWS, Statistic>(rows, lane);
   const int row = row0 + lane_row(warp, lane, slot_of_lane(lane));
-  if (row < rectangle.row_stop && row < walk.num_pairs) sink.store_row(tile, row, rows[0]);
+  if (walk.is_row_anchor(row)) sink.store_row(tile, row, rows[0]);
 
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -196,37 +202,29 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
       total = Statistic::merge(total, item);
     }
     const int column = column0 + c;
-    if (row0 < rectangle.row_stop && column < rectangle.num_columns && column < walk.num_pairs)
-      sink.store_column(tile, column, total);
+    if (walk.is_column_anchor(tile, column)) sink.store_column(tile, column, total);
   }
 }
 
-__device__ __forceinline__ bool may_hold_excluded(const Walk& walk, Tile tile) {
-  if (tile.is_ragged(walk.rectangle)) return true;
-  if (!walk.image_ids) return tile.crosses_diagonal(walk.rectangle);
-  return walk.row_ranges[tile.row_tile].meets(walk.column_ranges[tile.column_tile]);
-}
-
-template <typename Element, typename Problem>
-__device__ __forceinline__ void consume(Shared& shared, const Walk& walk, const Problem& problem, int rank,
+template <typename Element, typename Problem, typename Shared>
+__device__ __forceinline__ void consume(Shared& shared, const Share& share, const Problem& problem,
                                         int consumer) {
   const int thread = threadIdx.x % WARPGROUP, lane = thread % 32;
-  const int tiles = walk.my_tiles(), other = 1 - consumer;
-  const auto prepared = problem.prepare();
+  const int turns = share.turns(), other = 1 - consumer;
+  const Walk& walk = share.walk;
   RingPosition position;
   position.advance(consumer * walk.depth_steps);
   // Each sync of a turn meets one arrival: the first turn's is given away here.
-  if (consumer == 1 && tiles > 0) ptx::barrier_arrive(TURN_BARRIER + other, 2 * WARPGROUP);
-  for (int turn = consumer; turn < tiles; turn += 2) {
+  if (consumer == 1 && turns > 0) ptx::barrier_arrive(TURN_BARRIER + other, 2 * WARPGROUP);
+  for (int turn = consumer; turn < turns; turn += 2) {
     Fragment acc;
     ptx::barrier_sync(TURN_BARRIER + consumer, 2 * WARPGROUP);
-    multiply<Element>(acc, shared, position, walk.depth_steps, turn + 1 < tiles, other, lane);
+    multiply<Element>(acc, shared, position, walk.depth_steps, turn + 1 < turns, other, lane);
     position.advance(2 * walk.depth_steps);
 
-    const Tile tile = walk.tile(turn, rank);
-    if (may_hold_excluded(walk, tile))
-      Excluded{walk.image_ids, walk.caption_ids, walk.rectangle}.leave_out(acc, tile, thread / 32, lane);
-    problem.reduce_with(prepared, [&](const auto& statistic, const auto& sink) {
+    const Tile tile = share.tile(turn);
+    if (walk.may_hold_excluded(tile)) walk.leave_out(acc, tile, thread / 32, lane);
+    problem.reduce_with(shared.prepared, [&](const auto& statistic, const auto& sink) {
       reduce(acc, statistic, sink, walk, tile, shared.column_items[consumer], consumer, thread);
     });
   }
@@ -234,24 +232,26 @@ __device__ __forceinline__ void consume(Shared& shared, const Walk& walk, const 
 
 #endif  // FUSED_VSE_SM90A
 
-// `Problem` says which statistic and where its items go: hopper_problems.cuh.
+// `Problem` says which statistic and where its items go: hopper_problems.cuh. Launched in clusters of
+// CLUSTER.
 template <typename Element, typename Problem>
-__global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-    statistics_kernel(const __grid_constant__ CUtensorMap images, const __grid_constant__ CUtensorMap captions,
-                      Walk walk, const __grid_constant__ Problem problem) {
+__global__ void __launch_bounds__(THREADS, 1)
+    statistics_kernel(const __grid_constant__ CUtensorMap images,
+                      const __grid_constant__ CUtensorMap captions, const __grid_constant__ Walk walk,
+                      const __grid_constant__ Problem problem) {
 #ifdef FUSED_VSE_SM90A
   extern __shared__ uint8_t memory[];
   // The same offset in both blocks, as the copies to both need it.
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
-  const int rank = ptx::cluster_rank();
-  walk.cluster = blockIdx.x / CLUSTER;
-  walk.clusters = gridDim.x / CLUSTER;
+  auto& shared = *reinterpret_cast<Shared<typename Problem::Prepared>*>(
+      (reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
+  const Share share{walk, static_cast<int>(ptx::cluster_rank())};
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
-      ptx::mbarrier_init(&shared.full[s], 1);                    // the producer
-      ptx::mbarrier_init(&shared.empty[s], CLUSTER * WARPS);     // the consuming warps of both blocks
+      ptx::mbarrier_init(&shared.full[s], 1);                 // the producer
+      ptx::mbarrier_init(&shared.empty[s], CLUSTER * WARPS);  // the consuming warps of both blocks
     }
     ptx::fence_mbarrier_init();
+    shared.prepared = problem.prepare();
   }
   ptx::cluster_sync();
 
@@ -259,10 +259,10 @@ __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
   if (warpgroup == 0) {
     ptx::registers_give<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(&images, &captions, shared, walk, rank);
+    if (threadIdx.x == 0) produce(&images, &captions, shared, share);
   } else {
     ptx::registers_take<CONSUMER_REGISTERS>();
-    consume<Element>(shared, walk, problem, rank, warpgroup - 1);
+    consume<Element>(shared, share, problem, warpgroup - 1);
   }
   // Neither block may leave while the other one still copies to it or arrives at its barriers.
   ptx::cluster_sync();

@@ -65,8 +65,8 @@ inline std::vector<Rectangle> rectangles(int64_t n, int64_t m, int64_t k, int64_
   std::vector<Rectangle> pieces;
   const auto add = [&](int64_t begin, int64_t end, int64_t columns) {
     for (int64_t row = begin; row < end; row += height)
-      pieces.push_back({static_cast<int>(row), static_cast<int>(std::min(row + height, end)),
-                        static_cast<int>(columns)});
+      pieces.push_back(
+          {static_cast<int>(row), static_cast<int>(std::min(row + height, end)), static_cast<int>(columns)});
   };
   add(0, k, m);
   add(k, n, k);

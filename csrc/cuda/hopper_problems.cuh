@@ -1,6 +1,6 @@
 // The three statistics as the kernel takes them: its arguments, and where the items of a tile go.
 //
-//   prepare()            what a consumer computes once
+//   prepare()            what a block computes once, a Prepared
 //   reduce_with(p, f)    calls f(statistic, sink) with what suits the input
 #pragma once
 
@@ -17,9 +17,10 @@ struct HardestProblem {
   __device__ __forceinline__ void store_column(Tile, int column, uint64_t key) const {
     atomicMax(best + num_pairs + column, key);
   }
-  __device__ __forceinline__ int prepare() const { return 0; }
+  struct Prepared {};
+  __device__ __forceinline__ Prepared prepare() const { return {}; }
   template <typename F>
-  __device__ __forceinline__ void reduce_with(int, const F& f) const {
+  __device__ __forceinline__ void reduce_with(Prepared, const F& f) const {
     f(Hardest{}, *this);
   }
 };
@@ -56,6 +57,7 @@ struct LogsumexpProblem {
   const double* scale_tensor;  // or null
   float anchors;
 
+  using Prepared = Exponent;
   __device__ __forceinline__ Exponent prepare() const {
     return Exponent::make(scale_tensor ? scale * *scale_tensor : scale, *bounds, anchors);
   }
@@ -73,9 +75,10 @@ struct HingeProblem {
   const float* positive;  // [K]
   float margin;
 
-  __device__ __forceinline__ int prepare() const { return 0; }
+  struct Prepared {};
+  __device__ __forceinline__ Prepared prepare() const { return {}; }
   template <typename F>
-  __device__ __forceinline__ void reduce_with(int, const F& f) const {
+  __device__ __forceinline__ void reduce_with(Prepared, const F& f) const {
     f(Hinge{positive, margin, static_cast<int>(partials.num_pairs)}, partials);
   }
 };

@@ -131,9 +131,9 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-#define FUSED_VSE_8(i)                                                                                   \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
+#define FUSED_VSE_8(i)                                                                        \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FUSED_VSE_32(i) FUSED_VSE_8(i), FUSED_VSE_8(i + 8), FUSED_VSE_8(i + 16), FUSED_VSE_8(i + 24)
 #define FUSED_VSE_WGMMA(TYPE)                                                             \
   asm volatile(                                                                           \

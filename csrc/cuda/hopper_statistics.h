@@ -5,18 +5,17 @@
 //   over_columns(...)   the item of one of the thread's rows, over the columns that it holds
 //   over_rows(...)      the item of one of the thread's columns, over the rows that it holds
 //   merge(a, b)         of two items of the same anchor
-// Scores that belong to no negative are -inf by then (`leave_out`).
+// Scores that belong to no negative are -inf by then (Walk::leave_out).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "hopper_tile.h"
+#include "hopper_walk.h"
 
 namespace fused_vse::hopper {
 
-#ifdef __CUDACC__
 FUSED_VSE_HD float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -26,9 +25,6 @@ FUSED_VSE_HD float exp2_fast(float x) {
   return exp2f(x);
 #endif
 }
-#else
-inline float exp2_fast(float x) { return std::exp2(x); }
-#endif
 
 constexpr float INFINITE = HUGE_VALF;
 
@@ -39,46 +35,6 @@ FUSED_VSE_HD To bits_as(From from) {
   memcpy(&to, &from, sizeof to);
   return to;
 }
-
-// Whose score is no negative's: outside the rectangle, or of equal ids (without ids: of equal numbers).
-struct Excluded {
-  const int64_t *image_ids, *caption_ids;  // or both null
-  Rectangle rectangle;
-
-  FUSED_VSE_HD int64_t row_id(int row) const { return image_ids ? image_ids[row] : row; }
-  FUSED_VSE_HD int64_t column_id(int column) const { return caption_ids ? caption_ids[column] : column; }
-
-  // acc = -inf there. Called for the tiles that may hold such scores only.
-  FUSED_VSE_HD void leave_out(Fragment& acc, Tile tile, int warp, int lane) const {
-    int64_t ids[LANE_ROWS];
-    bool inside[LANE_ROWS];
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot) {
-      const int row = tile.row(rectangle) + lane_row(warp, lane, slot);
-      inside[slot] = row < rectangle.row_stop;
-      ids[slot] = inside[slot] ? row_id(row) : 0;
-    }
-    FUSED_VSE_UNROLL
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      FUSED_VSE_UNROLL
-      for (int item = 0; item < LANE_COLS; ++item) {
-        const int column = tile.column() + lane_column(lane, chunk, item);
-        const bool column_inside = column < rectangle.num_columns;
-        const int64_t id = column_inside ? column_id(column) : 0;
-        FUSED_VSE_UNROLL
-        for (int slot = 0; slot < LANE_ROWS; ++slot)
-          if (!inside[slot] || !column_inside || ids[slot] == id)
-            acc[slot / 2][accumulator(slot, chunk, item)] = -INFINITE;
-      }
-    }
-  }
-};
-
-// Smallest and largest id of a tile's rows or columns.
-struct IdRange {
-  int64_t first, last;
-  FUSED_VSE_HD bool meets(const IdRange& other) const { return first <= other.last && other.first <= last; }
-};
 
 // hardest: one 64-bit key orders by score, then by smaller index; 0 is "no negative". Its maximum does not
 // depend on the order in which tiles arrive, so an integer atomic maximum in memory is deterministic and
@@ -205,6 +161,10 @@ struct ScaledSum {
     return {top, total * exp2_fast(reference - finite(top)) +
                      other_total * exp2_fast(other_reference - finite(top))};
   }
+  // Of nothing: -inf. A NaN, from a scale that is one, stays.
+  FUSED_VSE_HD double logsumexp() const {
+    return total == 0 ? -HUGE_VAL : (reference + log2(static_cast<double>(total))) * 0.6931471805599453;
+  }
 };
 
 // A thread's own maximum is its reference: no shuffles before the exponentials, and two more per merge.
@@ -285,16 +245,17 @@ struct Hinge {
   FUSED_VSE_HD static Item merge(Item a, Item b) { return {a.total + b.total, a.active + b.active}; }
 };
 
-// The partial results of one anchor in slots [first, stop), in ascending order.
-FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const float* partial, int first, int stop, int64_t anchors,
-                                               int64_t anchor, const Exponent& exponent) {
+// The partial results of one anchor, in ascending order of the slots.
+FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const float* partial, const Slots& slots,
+                                               const Exponent& exponent) {
   ScaledSum<double> sum{exponent.one ? exponent.shift : -INFINITE, 0.0};
-  for (int slot = first; slot < stop; ++slot) {
-    const float total = partial[partial_at(slot, 0, anchors, anchor)];
+  FUSED_VSE_UNROLL_BY_8
+  for (int slot = slots.begin; slot < slots.stop; ++slot) {
+    const float total = partial[partial_at(slot, 0, slots.anchors, slots.anchor)];
     if (exponent.one)
       sum.total += total;
     else
-      sum = sum.plus(partial[partial_at(slot, 1, anchors, anchor)], total);
+      sum = sum.plus(partial[partial_at(slot, 1, slots.anchors, slots.anchor)], total);
   }
   return sum;
 }
@@ -304,12 +265,12 @@ struct HingeTotal {
   int64_t active;
 };
 
-FUSED_VSE_HD HingeTotal merge_hinge(const float* partial, int first, int stop, int64_t anchors,
-                                    int64_t anchor) {
+FUSED_VSE_HD HingeTotal merge_hinge(const float* partial, const Slots& slots) {
   HingeTotal sum{0.0, 0};
-  for (int slot = first; slot < stop; ++slot) {
-    sum.total += partial[partial_at(slot, 0, anchors, anchor)];
-    sum.active += bits_as<int>(partial[partial_at(slot, 1, anchors, anchor)]);
+  FUSED_VSE_UNROLL_BY_8
+  for (int slot = slots.begin; slot < slots.stop; ++slot) {
+    sum.total += partial[partial_at(slot, 0, slots.anchors, slots.anchor)];
+    sum.active += bits_as<int>(partial[partial_at(slot, 1, slots.anchors, slots.anchor)]);
   }
   return sum;
 }

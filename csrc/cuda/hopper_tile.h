@@ -8,16 +8,18 @@
 #ifdef __CUDACC__
 #define FUSED_VSE_HD __host__ __device__ __forceinline__
 #define FUSED_VSE_UNROLL _Pragma("unroll")
+#define FUSED_VSE_UNROLL_BY_8 _Pragma("unroll 8")
 #else
 #define FUSED_VSE_HD inline
 #define FUSED_VSE_UNROLL
+#define FUSED_VSE_UNROLL_BY_8
 #endif
 
 namespace fused_vse::hopper {
 
-// A warpgroup's tile. 192 of its scores are in each thread's registers, which leaves room for the epilogue
-// below the 240 that two consumer warpgroups can have; it is as wide as that allows, since each operand
-// element that is loaded takes part in one multiplication per row or column of the tile.
+// A warpgroup's tile. 192 of its scores are in each thread's registers, which leaves 40 for the epilogue; it
+// is as wide as that allows, since each operand element that is loaded takes part in one multiplication per
+// row or column of the tile.
 constexpr int TILE_ROWS = 128;
 constexpr int TILE_COLS = 192;
 // 64 16-bit elements are the 128 bytes of the widest shared-memory swizzle.

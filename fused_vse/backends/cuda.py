@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import native, triton
 from .fakes import register_normalize_fakes
 
 DEVICE = "cuda"
 NAMESPACE = "fused_vse_cuda"
-FAMILIES = ("loss",)
+FAMILIES = ("loss", "dot") if triton.INSTALLED else ("loss",)
 
 
 class Bucket(NamedTuple):
@@ -52,6 +52,10 @@ def _load() -> str | None:
 _NOT_LOADED = _load()
 if _NOT_LOADED is None:
     register_normalize_fakes(NAMESPACE)
+    if "dot" in FAMILIES:
+        from . import cuda_statistics
+
+        _library = cuda_statistics.register()
 
 
 def __getattr__(name: str):
