@@ -63,32 +63,21 @@ constexpr int SHARED_BYTES = sizeof(Shared<typename Problem::Prepared>) + 1024;
 constexpr int TURN_BARRIER = 1;      // + consumer
 constexpr int EPILOGUE_BARRIER = 3;  // + consumer
 
-// A block's share of the tiles. Both blocks of a cluster have as many.
-struct Share {
-  const Walk& walk;
-  int rank;  // of the block in its cluster
-
-  __device__ __forceinline__ int turns() const {
-    return tiles_of_cluster(blockIdx.x / CLUSTER, gridDim.x / CLUSTER, walk.rectangle.cluster_tiles());
-  }
-  __device__ __forceinline__ Tile tile(int turn) const {
-    return tile_at(blockIdx.x / CLUSTER + turn * (gridDim.x / CLUSTER), rank, walk.rectangle);
-  }
-};
-
 #ifdef FUSED_VSE_SM90A
+
+__device__ __forceinline__ int clusters() { return gridDim.x / CLUSTER; }
+__device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
 
 template <typename Shared>
 __device__ __forceinline__ void produce(const CUtensorMap* images, const CUtensorMap* captions,
-                                        Shared& shared, const Share& share) {
+                                        Shared& shared, const Walk& walk, int rank) {
   ptx::prefetch(images);
   ptx::prefetch(captions);
   RingPosition position;
-  const int turns = share.turns();
-  for (int turn = 0; turn < turns; ++turn) {
-    const Tile tile = share.tile(turn);
-    const int row = tile.row(share.walk.rectangle), column = tile.column() + share.rank * SHARE_COLS;
-    for (int step = 0; step < share.walk.depth_steps; ++step) {
+  for (int number = first_tile(); number < walk.raster.cluster_tiles; number += clusters()) {
+    const Tile tile = walk.raster.tile(number, rank);
+    const int row = tile.row(walk.rectangle), column = tile.column() + rank * SHARE_COLS;
+    for (int step = 0; step < walk.depth_steps; ++step) {
       Stage& stage = shared.stages[position.stage];
       uint64_t* full = &shared.full[position.stage];
       // In both blocks: half of what this one copies goes to the other. A byte may get there before the
@@ -96,7 +85,7 @@ __device__ __forceinline__ void produce(const CUtensorMap* images, const CUtenso
       ptx::mbarrier_wait(&shared.empty[position.stage], position.phase ^ 1);
       ptx::mbarrier_arrive_expect_bytes(full, STAGE_BYTES);
       ptx::copy_box(stage.images, images, step * TILE_DEPTH, row, full);
-      ptx::copy_box_to(stage.captions + share.rank * SHARE_BYTES, captions, step * TILE_DEPTH, column, full,
+      ptx::copy_box_to(stage.captions + rank * SHARE_BYTES, captions, step * TILE_DEPTH, column, full,
                        (1 << CLUSTER) - 1);
       position.advance(1);
     }
@@ -106,7 +95,8 @@ __device__ __forceinline__ void produce(const CUtensorMap* images, const CUtenso
 // acc = I[rows of the tile] T[columns of the tile]^t. `position` is that of the tile's first stage.
 template <typename Element, typename Shared>
 __device__ __forceinline__ void multiply(Fragment& acc, Shared& shared, RingPosition position,
-                                         int depth_steps, bool another_turn, int other, int lane) {
+                                         int depth_steps, bool another_turn, int other) {
+  const int lane = ptx::thread_number() % 32;
   int previous = -1;
   // One arrival a warp and block, by lanes 0 and 1: `empty` counts the warps of both blocks.
   const auto release = [&](int stage) {
@@ -166,8 +156,9 @@ __device__ __forceinline__ void swap_reduce(Item* items, int lane) {
 template <typename Statistic, typename Sink>
 __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic, const Sink& sink,
                                        const Walk& walk, Tile tile, uint64_t (*exchanged)[TILE_COLS],
-                                       int consumer, int thread) {
+                                       int barrier) {
   using Item = typename Statistic::Item;
+  const int thread = ptx::thread_number() % WARPGROUP;
   const int warp = thread / 32, lane = thread % 32;
   const int row0 = tile.row(walk.rectangle), column0 = tile.column();
   statistic.prepare(acc);
@@ -191,7 +182,7 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
     swap_reduce<COLUMN_STRIDE, LANE_COLS, Statistic>(items, lane);
     memcpy(&exchanged[warp][lane_column(lane, chunk, item_of_lane(lane))], &items[0], sizeof(Item));
   }
-  ptx::barrier_sync(EPILOGUE_BARRIER + consumer, WARPGROUP);
+  ptx::barrier_sync(barrier, WARPGROUP);
   for (int c = thread; c < TILE_COLS; c += WARPGROUP) {
     Item total;
     memcpy(&total, &exchanged[0][c], sizeof(Item));
@@ -207,25 +198,25 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
 }
 
 template <typename Element, typename Problem, typename Shared>
-__device__ __forceinline__ void consume(Shared& shared, const Share& share, const Problem& problem,
+__device__ __forceinline__ void consume(Shared& shared, const Walk& walk, const Problem& problem, int rank,
                                         int consumer) {
-  const int thread = threadIdx.x % WARPGROUP, lane = thread % 32;
-  const int turns = share.turns(), other = 1 - consumer;
-  const Walk& walk = share.walk;
+  const int tiles = walk.raster.cluster_tiles;
   RingPosition position;
   position.advance(consumer * walk.depth_steps);
   // Each sync of a turn meets one arrival: the first turn's is given away here.
-  if (consumer == 1 && turns > 0) ptx::barrier_arrive(TURN_BARRIER + other, 2 * WARPGROUP);
-  for (int turn = consumer; turn < turns; turn += 2) {
+  if (consumer == 1) ptx::barrier_arrive(TURN_BARRIER, 2 * WARPGROUP);
+  for (int number = first_tile() + consumer * clusters(); number < tiles; number += 2 * clusters()) {
     Fragment acc;
     ptx::barrier_sync(TURN_BARRIER + consumer, 2 * WARPGROUP);
-    multiply<Element>(acc, shared, position, walk.depth_steps, turn + 1 < turns, other, lane);
+    multiply<Element>(acc, shared, position, walk.depth_steps, number + clusters() < tiles, 1 - consumer);
     position.advance(2 * walk.depth_steps);
 
-    const Tile tile = share.tile(turn);
-    if (walk.may_hold_excluded(tile)) walk.leave_out(acc, tile, thread / 32, lane);
+    // Read anew, so that nothing that derives from it takes registers during the multiplication.
+    const int thread = ptx::thread_number() % WARPGROUP;
+    const Tile tile = walk.raster.tile(number, rank);
+    if (walk.may_hold_excluded(tile)) walk.leave_out(acc, tile, thread / 32, thread % 32);
     problem.reduce_with(shared.prepared, [&](const auto& statistic, const auto& sink) {
-      reduce(acc, statistic, sink, walk, tile, shared.column_items[consumer], consumer, thread);
+      reduce(acc, statistic, sink, walk, tile, shared.column_items[consumer], EPILOGUE_BARRIER + consumer);
     });
   }
 }
@@ -242,9 +233,9 @@ __global__ void __launch_bounds__(THREADS, 1)
 #ifdef FUSED_VSE_SM90A
   extern __shared__ uint8_t memory[];
   // The same offset in both blocks, as the copies to both need it.
-  auto& shared = *reinterpret_cast<Shared<typename Problem::Prepared>*>(
-      (reinterpret_cast<uintptr_t>(memory) + 1023) & ~uintptr_t{1023});
-  const Share share{walk, static_cast<int>(ptx::cluster_rank())};
+  auto& shared =
+      *reinterpret_cast<Shared<typename Problem::Prepared>*>(memory + (-ptx::shared_address(memory) & 1023));
+  const int rank = ptx::cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       ptx::mbarrier_init(&shared.full[s], 1);                 // the producer
@@ -259,10 +250,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / WARPGROUP, 0);
   if (warpgroup == 0) {
     ptx::registers_give<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(&images, &captions, shared, share);
+    if (threadIdx.x == 0) produce(&images, &captions, shared, walk, rank);
   } else {
     ptx::registers_take<CONSUMER_REGISTERS>();
-    consume<Element>(shared, share, problem, warpgroup - 1);
+    consume<Element>(shared, walk, problem, rank, warpgroup - 1);
   }
   // Neither block may leave while the other one still copies to it or arrives at its barriers.
   ptx::cluster_sync();

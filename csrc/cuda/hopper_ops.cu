@@ -117,8 +117,8 @@ class Pass {
       STD_TORCH_CHECK(image_ids->scalar_type() == ScalarType::Long && image_ids->numel() == n &&
                           caption_ids->scalar_type() == ScalarType::Long && caption_ids->numel() == m,
                       "image_ids [N] and caption_ids [M] must be int64");
-      image_ids_ = torch::stable::contiguous(*image_ids);
-      caption_ids_ = torch::stable::contiguous(*caption_ids);
+      image_ids_ = with_room(*image_ids, CLUSTER * TILE_ROWS);
+      caption_ids_ = with_room(*caption_ids, TILE_COLS);
     }
     positive = floats({k});
     bounds_ = bytes(sizeof(Bounds));
@@ -139,6 +139,7 @@ class Pass {
   void run(const Rectangle& rectangle, const Problem& problem) {
     Walk walk{};
     walk.rectangle = rectangle;
+    walk.raster = Raster::of(rectangle);
     walk.num_pairs = static_cast<int>(k);
     walk.depth_steps = static_cast<int>((d + TILE_DEPTH - 1) / TILE_DEPTH);
     Tensor ranges;
@@ -161,7 +162,7 @@ class Pass {
       cluster.id = cudaLaunchAttributeClusterDimension;
       cluster.val.clusterDim = {CLUSTER, 1, 1};
       cudaLaunchConfig_t config{};
-      config.gridDim = CLUSTER * std::min(rectangle.cluster_tiles(), multiprocessors() / CLUSTER);
+      config.gridDim = CLUSTER * std::min(walk.raster.cluster_tiles, multiprocessors() / CLUSTER);
       config.blockDim = THREADS;
       config.dynamicSmemBytes = SHARED_BYTES<Problem>;
       config.stream = stream();
@@ -202,6 +203,15 @@ class Pass {
   Tensor positive;  // [K]
 
  private:
+  // A copy that may be read up to `room` elements beyond its end: they belong to no score that counts.
+  Tensor with_room(const Tensor& ids, int64_t room) const {
+    const Tensor from = torch::stable::contiguous(ids);
+    const Tensor to = empty_on(ids, {ids.numel() + room}, ScalarType::Long);
+    STD_CUDA_CHECK(cudaMemcpyAsync(to.data_ptr(), from.data_ptr(), ids.numel() * sizeof(int64_t),
+                                   cudaMemcpyDeviceToDevice, stream()));
+    return to;
+  }
+
   const Tensor images_, captions_;
   OptionalTensor image_ids_, caption_ids_;
   Tensor bounds_;

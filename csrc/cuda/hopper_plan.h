@@ -45,8 +45,9 @@ inline std::string obstacle(int major, int minor, const Layout& images, const La
   const std::string also = obstacle("captions", captions);
   if (!also.empty()) return also;
   const Rectangle all{0, static_cast<int>(images.rows), static_cast<int>(captions.rows)};
-  if (int64_t{all.cluster_rows()} * all.column_tiles() + GROUP_CLUSTER_ROWS * int64_t{all.column_tiles()} >
-      INT32_MAX)
+  // Numbers of two rounds of clusters beyond the last tile, and of a whole group of rows, too.
+  constexpr int64_t MARGIN = 1 << 20;
+  if ((int64_t{all.cluster_rows()} + GROUP_CLUSTER_ROWS) * all.column_tiles() > INT32_MAX - MARGIN)
     return "there are too many tiles for 32-bit numbers";
   return "";
 }

@@ -104,21 +104,24 @@ struct Tile {
   }
 };
 
-// Cluster tile number -> tile of block `rank`: down a group of rows, then to the next column, so that
-// operands stay in L2. With an odd number of row tiles, the last row tile of rank 1 lies outside.
-FUSED_VSE_HD Tile tile_at(int number, int rank, const Rectangle& r) {
-  const int group_tiles = GROUP_CLUSTER_ROWS * r.column_tiles();
-  const int first = number / group_tiles * GROUP_CLUSTER_ROWS;
-  const int left = r.cluster_rows() - first;
-  const int height = left < GROUP_CLUSTER_ROWS ? left : GROUP_CLUSTER_ROWS;
-  const int within = number % group_tiles;
-  return {CLUSTER * (first + within % height) + rank, within / height};
-}
+// The order of a rectangle's tiles, in clusters: computed once, since the kernel has no registers for it.
+struct Raster {
+  int cluster_rows, column_tiles, cluster_tiles;
 
-// Cluster c of `clusters` computes tiles c, c + clusters, ...: this many.
-FUSED_VSE_HD int tiles_of_cluster(int cluster, int clusters, int tiles) {
-  return cluster < tiles ? (tiles - cluster - 1) / clusters + 1 : 0;
-}
+  static Raster of(const Rectangle& r) { return {r.cluster_rows(), r.column_tiles(), r.cluster_tiles()}; }
+
+  // Cluster tile number -> tile of block `rank`: down a group of rows, then to the next column, so that
+  // operands stay in L2. With an odd number of row tiles, the last row tile of rank 1 lies outside.
+  // Cluster c of C computes the numbers c, c + C, ...
+  FUSED_VSE_HD Tile tile(int number, int rank) const {
+    const int group_tiles = GROUP_CLUSTER_ROWS * column_tiles;
+    const int first = number / group_tiles * GROUP_CLUSTER_ROWS;
+    const int left = cluster_rows - first;
+    const int height = left < GROUP_CLUSTER_ROWS ? left : GROUP_CLUSTER_ROWS;
+    const int within = number % group_tiles;
+    return {CLUSTER * (first + within % height) + rank, within / height};
+  }
+};
 
 // The place in the ring of stages after so many steps, and how often it went around, modulo 2.
 struct RingPosition {

@@ -17,9 +17,12 @@ struct IdRange {
 
 struct Walk {
   Rectangle rectangle;
+  Raster raster;
   int num_pairs;
-  int depth_steps;                            // along D
-  const int64_t *image_ids, *caption_ids;     // or both null: the row numbers
+  int depth_steps;  // along D
+  // Or both null: the row numbers. May be read, whatever is there, for all rows and columns of a cluster
+  // tile.
+  const int64_t *image_ids, *caption_ids;
   const IdRange *row_ranges, *column_ranges;  // of their tiles
 
   // Whether any of the tile's scores may be no negative's.
@@ -29,27 +32,42 @@ struct Walk {
     return row_ranges[tile.row_tile].meets(column_ranges[tile.column_tile]);
   }
 
-  // acc = -inf where the score lies outside of the rectangle or the ids are equal.
+  // acc = -inf where the score lies outside of the rectangle or the ids are equal. All that varies between a
+  // thread's scores is known to the compiler, because there are hardly any registers left.
   FUSED_VSE_HD void leave_out(Fragment& acc, Tile tile, int warp, int lane) const {
-    int64_t ids[LANE_ROWS];
-    bool inside[LANE_ROWS];
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot) {
-      const int row = tile.row(rectangle) + lane_row(warp, lane, slot);
-      inside[slot] = row < rectangle.row_stop;
-      ids[slot] = image_ids && inside[slot] ? image_ids[row] : row;
+    const int row = tile.row(rectangle) + lane_row(warp, lane, 0);
+    const int column = tile.column() + lane_column(lane, 0, 0);
+    if (tile.is_ragged(rectangle)) {
+      const int rows = rectangle.row_stop - row, columns = rectangle.num_columns - column;
+      leave_out_if(acc, [&](int slot, int chunk, int item) {
+        return slot_row(slot) >= rows || item_column(chunk, item) >= columns;
+      });
     }
+    if (image_ids) {
+      const int64_t *row_ids = image_ids + row, *column_ids = caption_ids + column;
+      int64_t ids[LANE_ROWS];
+      FUSED_VSE_UNROLL
+      for (int slot = 0; slot < LANE_ROWS; ++slot) ids[slot] = row_ids[slot_row(slot)];
+      leave_out_if(acc, [&](int slot, int chunk, int item) {
+        return ids[slot] == column_ids[item_column(chunk, item)];
+      });
+    } else if (tile.crosses_diagonal(rectangle)) {
+      const int offset = column - row;
+      leave_out_if(acc, [&](int slot, int chunk, int item) {
+        return slot_row(slot) - item_column(chunk, item) == offset;
+      });
+    }
+  }
+
+  template <typename Condition>
+  FUSED_VSE_HD static void leave_out_if(Fragment& acc, const Condition& condition) {
     FUSED_VSE_UNROLL
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       FUSED_VSE_UNROLL
       for (int item = 0; item < LANE_COLS; ++item) {
-        const int column = tile.column() + lane_column(lane, chunk, item);
-        const bool column_inside = column < rectangle.num_columns;
-        const int64_t id = caption_ids && column_inside ? caption_ids[column] : column;
         FUSED_VSE_UNROLL
         for (int slot = 0; slot < LANE_ROWS; ++slot)
-          if (!inside[slot] || !column_inside || ids[slot] == id)
-            acc[slot / 2][accumulator(slot, chunk, item)] = -HUGE_VALF;
+          if (condition(slot, chunk, item)) acc[slot / 2][accumulator(slot, chunk, item)] = -HUGE_VALF;
       }
     }
   }
