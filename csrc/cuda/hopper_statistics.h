@@ -149,17 +149,18 @@ struct LogsumexpOneExp {
   FUSED_VSE_HD static Item merge(Item a, Item b) { return a + b; }
 };
 
-// total * exp2(reference); nothing: 0 * exp2(-inf).
+// total * exp2(reference); nothing: 0 * exp2(-inf). In the order of the planes of partial results.
 template <typename Total>
 struct ScaledSum {
-  float reference;
   Total total;
+  float reference;
 
   FUSED_VSE_HD static float finite(float reference) { return reference == -INFINITE ? 0.0f : reference; }
-  FUSED_VSE_HD ScaledSum plus(float other_reference, Total other_total) const {
+  FUSED_VSE_HD ScaledSum plus(Total other_total, float other_reference) const {
     const float top = fmaxf(reference, other_reference);
-    return {top, total * exp2_fast(reference - finite(top)) +
-                     other_total * exp2_fast(other_reference - finite(top))};
+    return {
+        total * exp2_fast(reference - finite(top)) + other_total * exp2_fast(other_reference - finite(top)),
+        top};
   }
   // Of nothing: -inf. A NaN, from a scale that is one, stays.
   FUSED_VSE_HD double logsumexp() const {
@@ -189,7 +190,7 @@ struct LogsumexpTwoExp {
       for (int item = 0; item < LANE_COLS; ++item)
         total += exponent.of(acc[slot / 2][accumulator(slot, chunk, item)], reference);
     }
-    return {largest, total};
+    return {total, largest};
   }
   FUSED_VSE_HD Item over_rows(const Fragment& acc, int chunk, int item, int, int) const {
     float largest = -INFINITE, total = 0;
@@ -201,9 +202,9 @@ struct LogsumexpTwoExp {
     FUSED_VSE_UNROLL
     for (int slot = 0; slot < LANE_ROWS; ++slot)
       total += exponent.of(acc[slot / 2][accumulator(slot, chunk, item)], reference);
-    return {largest, total};
+    return {total, largest};
   }
-  FUSED_VSE_HD static Item merge(Item a, Item b) { return a.plus(b.reference, b.total); }
+  FUSED_VSE_HD static Item merge(Item a, Item b) { return a.plus(b.total, b.reference); }
 };
 
 // hinge_sum: sum of [s - threshold]+ and how many are above 0; threshold = p - margin of the anchor.
@@ -248,14 +249,14 @@ struct Hinge {
 // The partial results of one anchor, in ascending order of the slots.
 FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const float* partial, const Slots& slots,
                                                const Exponent& exponent) {
-  ScaledSum<double> sum{exponent.one ? exponent.shift : -INFINITE, 0.0};
+  ScaledSum<double> sum{0.0, exponent.one ? exponent.shift : -INFINITE};
   FUSED_VSE_UNROLL_BY_8
   for (int slot = slots.begin; slot < slots.stop; ++slot) {
     const float total = partial[partial_at(slot, 0, slots.anchors, slots.anchor)];
     if (exponent.one)
       sum.total += total;
     else
-      sum = sum.plus(partial[partial_at(slot, 1, slots.anchors, slots.anchor)], total);
+      sum = sum.plus(total, partial[partial_at(slot, 1, slots.anchors, slots.anchor)]);
   }
   return sum;
 }
