@@ -84,9 +84,7 @@ class Batch:
         )  # fmt: skip
         return result, bool(one_exp)
 
-    def hinge(
-        self, positive: Tensor, margin: float, workspace_bytes: int
-    ) -> tuple[Tensor, Tensor]:
+    def hinge(self, positive: Tensor, margin: float, workspace_bytes: int) -> tuple[Tensor, Tensor]:
         total = torch.empty(2, self.num_pairs)
         active = torch.empty(2, self.num_pairs, dtype=torch.int64)
         positive = positive.float().contiguous()

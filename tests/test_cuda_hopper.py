@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES, Case, embeddings, ids_of, integer_embeddings
 from conftest import assert_close
+from hopper_protocol import Cluster
 
 from fused_vse import reference
 
@@ -274,3 +275,26 @@ def test_the_number_of_clusters_does_not_matter():
         for clusters in (1, 4, 66)
     ]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# --- who waits for whom
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6, 16])  # fewer than the stages, as many, more
+@pytest.mark.parametrize("tiles", [1, 2, 3, 6])
+def test_no_interleaving_deadlocks_or_overwrites(tiles, steps):
+    for seed in range(4):
+        Cluster(tiles, steps, hopper_model.constant("STAGES")).run(seed)
+
+
+@pytest.mark.parametrize(
+    ("rule", "symptom"),
+    [
+        ("release to own block only", "deadlock"),
+        ("no turns", "another step's data|both consumers"),
+        ("release before the wait", "overwritten"),
+    ],
+)
+def test_the_protocol_model_notices_a_broken_rule(rule, symptom):
+    with pytest.raises(AssertionError, match=symptom):
+        Cluster(5, 6, hopper_model.constant("STAGES"), rule).run(0)

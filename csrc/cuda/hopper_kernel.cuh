@@ -48,10 +48,12 @@ struct __align__(1024) Stage {
 constexpr int STAGE_BYTES = sizeof(Stage);
 constexpr int SHARE_BYTES = SHARE_COLS * TILE_DEPTH * 2;
 
+constexpr int MAX_ITEM_BYTES = 8;
+
 template <typename Prepared>
 struct Shared {
   Stage stages[STAGES];
-  uint64_t column_items[2][WARPS][TILE_COLS];  // of each consumer
+  uint8_t column_items[2][WARPS * TILE_COLS * MAX_ITEM_BYTES];  // [warp][column] of each consumer
   uint64_t full[STAGES], empty[STAGES];
   Prepared prepared;  // what the statistic computes once; registers are for scores
 };
@@ -155,9 +157,10 @@ __device__ __forceinline__ void swap_reduce(Item* items, int lane) {
 // again when this warpgroup passes its next turn barrier, which all its threads have to reach.
 template <typename Statistic, typename Sink>
 __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic, const Sink& sink,
-                                       const Walk& walk, Tile tile, uint64_t (*exchanged)[TILE_COLS],
-                                       int barrier) {
+                                       const Walk& walk, Tile tile, void* exchange_memory, int barrier) {
   using Item = typename Statistic::Item;
+  static_assert(sizeof(Item) <= MAX_ITEM_BYTES);
+  auto* exchanged = static_cast<Item(*)[TILE_COLS]>(exchange_memory);
   const int thread = ptx::thread_number() % WARPGROUP;
   const int warp = thread / 32, lane = thread % 32;
   const int row0 = tile.row(walk.rectangle), column0 = tile.column();
@@ -180,18 +183,13 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
       items[i] = statistic.over_rows(acc, chunk, i, column0 + lane_column(lane, chunk, i),
                                      row0 + lane_row(warp, lane, 0));
     swap_reduce<COLUMN_STRIDE, LANE_COLS, Statistic>(items, lane);
-    memcpy(&exchanged[warp][lane_column(lane, chunk, item_of_lane(lane))], &items[0], sizeof(Item));
+    exchanged[warp][lane_column(lane, chunk, item_of_lane(lane))] = items[0];
   }
   ptx::barrier_sync(barrier, WARPGROUP);
   for (int c = thread; c < TILE_COLS; c += WARPGROUP) {
-    Item total;
-    memcpy(&total, &exchanged[0][c], sizeof(Item));
+    Item total = exchanged[0][c];
 #pragma unroll
-    for (int w = 1; w < WARPS; ++w) {
-      Item item;
-      memcpy(&item, &exchanged[w][c], sizeof(Item));
-      total = Statistic::merge(total, item);
-    }
+    for (int w = 1; w < WARPS; ++w) total = Statistic::merge(total, exchanged[w][c]);
     const int column = column0 + c;
     if (walk.is_column_anchor(tile, column)) sink.store_column(tile, column, total);
   }
