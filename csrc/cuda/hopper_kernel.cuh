@@ -126,6 +126,8 @@ __device__ __forceinline__ void multiply(Fragment& acc, Shared& shared, RingPosi
   }
   if (another_turn) ptx::barrier_arrive(TURN_BARRIER + other, 2 * WARPGROUP);
   ptx::wgmma_wait<0>();
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) ptx::wgmma_results(acc[block]);
   release(previous);
 }
 

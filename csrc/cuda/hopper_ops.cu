@@ -247,13 +247,15 @@ std::tuple<Tensor, Tensor> hopper_negative_logsumexp(const Tensor& images, const
   if (scale_tensor) exact_scale = torch::stable::to(*scale_tensor, ScalarType::Double);
   const double* scale_pointer = data_or_null<double>(exact_scale);
   const float anchors = static_cast<float>(std::max(pass.n, pass.m));
+  const Tensor exponent = pass.bytes(sizeof(Exponent));
   const Tensor logsumexp = empty_on(images, {2, num_pairs}, ScalarType::Double);
   pass.run_in_pieces(
       [&](const Partials& partials) {
-        return LogsumexpProblem{partials, pass.bounds(), scale, scale_pointer, anchors};
+        return LogsumexpProblem{partials,      pass.bounds(), scale,
+                                scale_pointer, anchors,       data<Exponent>(exponent)};
       },
       [&](dim3 grid, const Merge& merge) {
-        logsumexp_merge_kernel<<<grid, ROW_THREADS, 0, pass.stream()>>>(merge, scale, scale_pointer, anchors,
+        logsumexp_merge_kernel<<<grid, ROW_THREADS, 0, pass.stream()>>>(merge, data<Exponent>(exponent),
                                                                         data<double>(logsumexp));
       });
   return std::make_tuple(pass.positive, logsumexp);

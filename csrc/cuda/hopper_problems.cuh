@@ -56,10 +56,13 @@ struct LogsumexpProblem {
   double scale;
   const double* scale_tensor;  // or null
   float anchors;
+  Exponent* used;  // for the merge, which must not come to another decision
 
   using Prepared = Exponent;
   __device__ __forceinline__ Exponent prepare() const {
-    return Exponent::make(scale_tensor ? scale * *scale_tensor : scale, *bounds, anchors);
+    const Exponent exponent = Exponent::make(scale_tensor ? scale * *scale_tensor : scale, *bounds, anchors);
+    if (blockIdx.x == 0) *used = exponent;
+    return exponent;
   }
   template <typename F>
   __device__ __forceinline__ void reduce_with(const Exponent& exponent, const F& f) const {

@@ -168,6 +168,11 @@ template <>
 __device__ __forceinline__ void wgmma<__half>(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
   FUSED_VSE_WGMMA("f16");
 }
+// After wgmma_wait: the compiler does not know that the sums were not there before, and could read them
+// early.
+__device__ __forceinline__ void wgmma_results(float (&d)[96]) {
+  asm volatile("" : FUSED_VSE_32(0), FUSED_VSE_32(32), FUSED_VSE_32(64)::"memory");
+}
 #undef FUSED_VSE_WGMMA
 #undef FUSED_VSE_32
 #undef FUSED_VSE_8

@@ -141,13 +141,10 @@ struct Merge {
 
 // logsumexp [2, K] = log 2 (reference + log2 total)
 __global__ void __launch_bounds__(ROW_THREADS)
-    logsumexp_merge_kernel(Merge merge, double scale, const double* scale_tensor, float anchors,
-                           double* logsumexp) {
+    logsumexp_merge_kernel(Merge merge, const Exponent* exponent, double* logsumexp) {
   const Slots slots = merge.slots();
   if (!slots.exists) return;
-  const Exponent exponent =
-      Exponent::make(scale_tensor ? scale * *scale_tensor : scale, *merge.bounds, anchors);
-  const ScaledSum<double> sum = merge_logsumexp(merge.partial(), slots, exponent);
+  const ScaledSum<double> sum = merge_logsumexp(merge.partial(), slots, *exponent);
   merge.carry(slots, static_cast<float>(sum.total), sum.reference);
   double value = sum.logsumexp();
   if (merge.poisoned(slots)) value = NAN;
