@@ -1,0 +1,119 @@
+// Statistics of an anchor's negatives: of one segment, merged, and what loss and gradient follow from them.
+//
+// alpha = 1 / temperature, p the positive's score, m the margin, h = max, w the weight of the direction:
+//   ALL_NEGATIVES   z = alpha (h + m - p) + log(sum)   loss = log(1 + exp z)
+//                   dloss/ds = alpha sigmoid(z) exp(alpha (s - h)) / sum, dloss/dp = -alpha sigmoid(z)
+//   HARDEST         v = h + m - p                      loss = alpha [v]+
+//   HARDEST_SMOOTH                                     loss = log(1 + exp(alpha v))
+//   HINGE_SUM       loss = sum [s - (p - m)]+,         dloss/ds = [s > p - m], dloss/dp = -active
+// Sums are relative to the maximum, so that nothing overflows and no digits of a large logarithm are lost.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "small_plan.h"
+
+namespace fused_vse::small {
+
+constexpr float NONE = std::numeric_limits<float>::infinity();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+// score(i) of the entries [begin, end) of a row or column, negative(i) whether it is a negative, first + i
+// its index; threshold = p - m, for HINGE_SUM.
+template <typename Score, typename Negative>
+SIMT Statistic statistic_of(Loss loss, int begin, int end, int first, float alpha, float threshold,
+                            const Score& score, const Negative& negative) {
+  Statistic x{-NONE, -1, 0, 0};
+  for (int i = begin; i < end; ++i)
+    if (negative(i) && (score(i) > x.max || x.index < 0)) {
+      x.max = score(i);
+      x.index = first + i;
+    }
+  if (loss != ALL_NEGATIVES && loss != HINGE_SUM) return x;
+  for (int i = begin; i < end; ++i) {
+    if (!negative(i)) continue;
+    if (loss == HINGE_SUM) {
+      const float hinge = score(i) - threshold;
+      if (hinge > 0) {
+        x.sum += hinge;
+        x.moment += 1;
+      }
+    } else {
+      const float below = score(i) - x.max, e = expf(alpha * below);
+      x.sum += e;
+      x.moment += e * below;
+    }
+  }
+  return x;
+}
+
+// Of both; `a` holds the smaller indices.
+SIMT Statistic merged(Loss loss, float alpha, const Statistic& a, const Statistic& b) {
+  if (b.index < 0) return a;
+  if (a.index < 0) return b;
+  const bool first = a.max >= b.max;
+  Statistic x{first ? a.max : b.max, first ? a.index : b.index, a.sum + b.sum, a.moment + b.moment};
+  if (loss == ALL_NEGATIVES) {
+    // One of the two is 0, and its exponential 1.
+    const float a_below = a.max - x.max, b_below = b.max - x.max;
+    const float a_sum = a.sum * expf(alpha * a_below), b_sum = b.sum * expf(alpha * b_below);
+    x.sum = a_sum + b_sum;
+    x.moment = a.moment * expf(alpha * a_below) + a_sum * a_below + b.moment * expf(alpha * b_below) +
+               b_sum * b_below;
+  }
+  return x;
+}
+
+// An entry s of S at place `index` of the anchor's row or column receives
+//   ALL_NEGATIVES  exp(alpha (s - reference)) weight      HINGE_SUM  [s > reference] weight
+//   HARDEST*       [index == reference] weight
+// and the anchor's positive -pull; all without the factor alpha and the reduction's.
+struct Anchor {
+  float reference, weight, pull;
+  float loss, d_alpha;
+};
+
+// What gives no gradient to any score.
+HOST_DEVICE constexpr Anchor no_anchor() { return {std::numeric_limits<float>::max(), 0, 0, 0, 0}; }
+
+SIMT Anchor anchor_of(Loss loss, const Statistic& x, float positive, float alpha, float margin,
+                      float weight) {
+  Anchor anchor = no_anchor();
+  if (x.index < 0) return anchor;
+  const float v = (x.max - positive) + margin;
+  if (loss == HINGE_SUM) {
+    anchor.reference = positive - margin;
+    anchor.weight = weight;
+    anchor.pull = x.moment * weight;
+    anchor.loss = x.sum * weight;
+    return anchor;
+  }
+  float slope = v > 0 ? 1 : 0;  // of the loss by z, or by alpha v
+  anchor.reference = float(x.index);
+  if (loss == HARDEST) {
+    anchor.loss = alpha * v * slope * weight;
+    anchor.d_alpha = v * slope * weight;
+  } else {
+    const float z = alpha * v + (loss == ALL_NEGATIVES ? logf(x.sum) : 0);
+    slope = 1 / (1 + expf(-z));
+    anchor.loss = (fmaxf(z, 0) + log1pf(expf(-fabsf(z)))) * weight;
+    anchor.d_alpha = slope * weight * (loss == ALL_NEGATIVES ? v + x.moment / x.sum : v);
+  }
+  anchor.pull = slope * weight;
+  anchor.weight = anchor.pull;
+  if (loss == ALL_NEGATIVES) {
+    anchor.reference = x.max;
+    anchor.weight = anchor.pull / x.sum;
+  }
+  return anchor;
+}
+
+// The gradient of a score with respect to one of its two anchors.
+SIMT float gradient_of(Loss loss, float alpha, float s, int index, float reference, float weight) {
+  if (loss == ALL_NEGATIVES) return expf(alpha * (s - reference)) * weight;
+  if (loss == HINGE_SUM) return s > reference ? weight : 0;
+  return float(index) == reference ? weight : 0;
+}
+
+}  // namespace fused_vse::small
