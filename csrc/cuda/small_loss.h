@@ -176,8 +176,8 @@ SIMT void strip_statistics(const Block<Shared>& block, const Problem<T>& x, int 
     if (line >= (is_column ? width : height)) return;
     const int first = is_column ? line : TILE * col_segments + line;
     const int segments = is_column ? col_segments : row_segments, step = is_column ? TILE : strip.height;
-    Statistic sum = shared.segments[first];
-    for (int s = 1; s < segments; ++s) sum = merged(x.kind, alpha, sum, shared.segments[first + s * step]);
+    const Statistic sum =
+        merged(x.kind, alpha, segments, [&](int s) { return shared.segments[first + s * step]; });
     if (is_column)
       x.of_columns[strip.index * x.captions.count + strip.col + line] = sum;
     else
@@ -213,8 +213,7 @@ SIMT void merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
       if (i < x.k) {
         const Statistic* parts = side ? x.of_columns : x.of_rows;
         const int count = side ? x.plan.strips() : x.plan.col_tiles, step = side ? m : n;
-        Statistic sum = parts[i];
-        for (int part = 1; part < count; ++part) sum = merged(x.kind, alpha, sum, parts[part * step + i]);
+        const Statistic sum = merged(x.kind, alpha, count, [&](int part) { return parts[part * step + i]; });
         const float positive = x.score(i, i);
         anchor = anchor_of(x.kind, sum, positive, alpha, x.margin, x.weight_of(side));
         if (report) {
@@ -255,19 +254,30 @@ SIMT void fill_gradient_of_scores(const Block<Shared>& block, const Problem<T>& 
                                   Stage& stage) {
   const Shared& shared = *block.shared;
   const float alpha = x.alpha();
+  // Neighbouring threads take neighbouring columns of S.
+  const auto row_of = [&](int e) { return job.of_images ? e / CHUNK<T> : e % TILE; };
+  const auto place_of = [&](int e) {
+    const int own = job.row + row_of(e), other = first + (job.of_images ? e % CHUNK<T> : e / TILE);
+    return job.of_images ? Coordinate{own, other} : Coordinate{other, own};
+  };
   for_each_thread([&](int thread) {
+    constexpr int COUNT = TILE * CHUNK<T> / THREADS;
+    float s[COUNT];  // all loads before the first use
 #pragma unroll
-    for (int e = thread; e < TILE * CHUNK<T>; e += THREADS) {
-      // Neighbouring threads take neighbouring columns of S.
-      const int r = job.of_images ? e / CHUNK<T> : e % TILE, c = job.of_images ? e % CHUNK<T> : e / TILE;
-      const int i = job.of_images ? job.row + r : first + c, j = job.of_images ? first + c : job.row + r;
+    for (int q = 0; q < COUNT; ++q) {
+      const Coordinate at = place_of(thread + q * THREADS);
+      const bool inside = at.row < x.images.count && at.col < x.captions.count;
+      s[q] = x.score(inside ? at.row : 0, inside ? at.col : 0);
+    }
+#pragma unroll
+    for (int q = 0; q < COUNT; ++q) {
+      const int e = thread + q * THREADS;
+      const auto [i, j] = place_of(e);
       float g = 0;
-      if (i < x.images.count && j < x.captions.count && x.id(0, i) != x.id(1, j)) {
-        const float s = x.score(i, j);
-        g = gradient_of(x.kind, alpha, s, j, shared.reference[0][i], shared.weight[0][i]) +
-            gradient_of(x.kind, alpha, s, i, shared.reference[1][j], shared.weight[1][j]);
-      }
-      at<T, CHUNK_BYTES>(stage.a, r, c) = T(g);
+      if (i < x.images.count && j < x.captions.count && x.id(0, i) != x.id(1, j))
+        g = gradient_of(x.kind, alpha, s[q], j, shared.reference[0][i], shared.weight[0][i]) +
+            gradient_of(x.kind, alpha, s[q], i, shared.reference[1][j], shared.weight[1][j]);
+      at<T, CHUNK_BYTES>(stage.a, row_of(e), job.of_images ? e % CHUNK<T> : e / TILE) = T(g);
     }
   });
 }

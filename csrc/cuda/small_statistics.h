@@ -48,19 +48,27 @@ SIMT Statistic statistic_of(Loss loss, int begin, int end, int first, float alph
   return x;
 }
 
-// Of both; `a` holds the smaller indices.
-SIMT Statistic merged(Loss loss, float alpha, const Statistic& a, const Statistic& b) {
-  if (b.index < 0) return a;
-  if (a.index < 0) return b;
-  const bool first = a.max >= b.max;
-  Statistic x{first ? a.max : b.max, first ? a.index : b.index, a.sum + b.sum, a.moment + b.moment};
-  if (loss == ALL_NEGATIVES) {
-    // One of the two is 0, and its exponential 1.
-    const float a_below = a.max - x.max, b_below = b.max - x.max;
-    const float a_sum = a.sum * expf(alpha * a_below), b_sum = b.sum * expf(alpha * b_below);
-    x.sum = a_sum + b_sum;
-    x.moment = a.moment * expf(alpha * a_below) + a_sum * a_below + b.moment * expf(alpha * b_below) +
-               b_sum * b_below;
+// Of `count` parts in ascending order of their indices: first the maximum, then what is relative to it, so
+// that no load and no exponential waits for another.
+template <typename Part>
+SIMT Statistic merged(Loss loss, float alpha, int count, const Part& part) {
+  Statistic x{-NONE, -1, 0, 0};
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) {
+    const Statistic y = part(i);
+    if (y.index >= 0 && (y.max > x.max || x.index < 0)) {
+      x.max = y.max;
+      x.index = y.index;
+    }
+  }
+  if (loss != ALL_NEGATIVES && loss != HINGE_SUM) return x;
+#pragma unroll 8
+  for (int i = 0; i < count; ++i) {
+    const Statistic y = part(i);
+    if (y.index < 0) continue;
+    const float below = loss == ALL_NEGATIVES ? y.max - x.max : 0, scale = expf(alpha * below);
+    x.sum += scale * y.sum;
+    x.moment += scale * (y.moment + y.sum * below);
   }
   return x;
 }
