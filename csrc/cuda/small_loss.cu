@@ -38,6 +38,8 @@ namespace {
 namespace cg = cooperative_groups;
 using namespace small;
 
+static_assert(sizeof(Shared) <= 99 << 10, "more shared memory than a block may have on sm_86 and sm_89");
+
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 1) small_loss_kernel(const __grid_constant__ Problem<T> x) {
   extern __shared__ __align__(128) unsigned char memory[];

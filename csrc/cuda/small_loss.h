@@ -50,7 +50,7 @@ struct Problem {
     const int64_t* ids = side ? caption_ids : image_ids;
     return ids ? ids[i] : i;
   }
-  SIMT float score(int i, int j) const { return scores[int64_t(i) * captions.count + j]; }
+  SIMT float score(int i, int j) const { return scores[i * captions.count + j]; }
   // A float16 weight exp(..) / sum would underflow where the gradient matters; the sum of two stays below
   // 65504.
   static constexpr float GAIN = std::is_same_v<T, Half> ? 16384.0f : 1.0f;
@@ -106,7 +106,7 @@ SIMT void sum_strip(const Block<Shared>& block, const Problem<T>& x, int tile) {
       block.shared->scores.strip[r][c] = sum;
       const int i = strip.row + r, j = strip.col + c;
       if (i >= x.images.count || j >= x.captions.count) continue;
-      x.scores[int64_t(i) * x.captions.count + j] = sum;
+      x.scores[i * x.captions.count + j] = sum;
       // An entry that is not finite makes its whole row or column of S so: 0 * inf is NaN.
       if (!(fabsf(sum) <= std::numeric_limits<float>::max())) not_finite[thread] = true;
     }

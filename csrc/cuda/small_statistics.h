@@ -53,7 +53,7 @@ SIMT Statistic statistic_of(Loss loss, int begin, int end, int first, float alph
 template <typename Part>
 SIMT Statistic merged(Loss loss, float alpha, int count, const Part& part) {
   Statistic x{-NONE, -1, 0, 0};
-#pragma unroll 8
+#pragma unroll 4
   for (int i = 0; i < count; ++i) {
     const Statistic y = part(i);
     if (y.index >= 0 && (y.max > x.max || x.index < 0)) {
@@ -62,7 +62,7 @@ SIMT Statistic merged(Loss loss, float alpha, int count, const Part& part) {
     }
   }
   if (loss != ALL_NEGATIVES && loss != HINGE_SUM) return x;
-#pragma unroll 8
+#pragma unroll 4
   for (int i = 0; i < count; ++i) {
     const Statistic y = part(i);
     if (y.index < 0) continue;
