@@ -107,10 +107,7 @@ def small_loss(
         *(n, m, d, k, KINDS.index(kind), scale, margin, pointer(scale_tensor)),
         *(weights[0] / largest, weights[1] / largest, largest / k if mean else largest),
         *(*need, cluster, resident, aligned),
-        *(
-            x.data_ptr()
-            for x in (result.d_images, result.d_captions, result.loss, *result[3:])
-        ),
+        *(x.data_ptr() for x in (result.d_images, result.d_captions, result.loss, *result[3:])),
     )
     library.small_loss(ctypes.byref(arguments), BITS[images.dtype])
     return result

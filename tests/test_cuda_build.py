@@ -85,7 +85,9 @@ def test_every_architecture_has_every_kernel(kernels):
     for kernel in kernels:
         names.setdefault(kernel.architecture, set()).add(kernel.name)
     assert set(names) == {"sm_80", "sm_90a"}
-    assert names["sm_80"] <= names["sm_90a"] == set(BUDGETS), "name the budget of a new kernel above"
+    assert names["sm_80"] <= names["sm_90a"] == set(BUDGETS), (
+        "name the budget of a new kernel above"
+    )
     assert "arch = sm_80" in dump("--list-ptx") or ".sm_80.ptx" in dump("--list-ptx")
 
 

@@ -5,7 +5,6 @@ import itertools
 import re
 
 import cuda_emulation
-import formulas
 import pytest
 import torch
 from cases import CASES, Case, embeddings, ids_of, integer_embeddings
@@ -46,7 +45,7 @@ def schema(name: str) -> str:
 @pytest.fixture(scope="module")
 def operators(library):
     """The ops of fused_vse_cuda for CPU tensors, by the emulation."""
-    namespace = torch.library.Library(cuda.NAMESPACE, "FRAGMENT")  # noqa: TOR901
+    namespace = torch.library.Library(cuda.NAMESPACE, "FRAGMENT")
     if not hasattr(torch.ops.fused_vse_cuda, "small_loss"):  # the library was not built
         for name in ("SMALL_LOSS", "SCALE_GRADIENTS", "L2_NORMALIZE", "L2_NORMALIZE_BACKWARD"):
             namespace.define(schema(name))
@@ -249,7 +248,9 @@ def test_tiny_float16_gradients_do_not_underflow(library):
     result = cuda_emulation.small_loss(
         library, *pair, (None, None), 64, "all_negatives", scale=16.0, mean=False
     )
-    assert_close(result.d_images.double() / leaf.grad.abs().max(), leaf.grad / leaf.grad.abs().max(), 2e-3)
+    assert_close(
+        result.d_images.double() / leaf.grad.abs().max(), leaf.grad / leaf.grad.abs().max(), 2e-3
+    )
 
 
 def test_every_score_is_computed_once(library):
@@ -298,9 +299,7 @@ def test_full_graph_compilation(on_cpu):
     pair = embeddings(CASES[7], torch.float32)
     expected = differentiated(all_negatives_loss, pair, CASES[7], "cuda")
     compiled = torch.compile(all_negatives_loss, fullgraph=True, backend="aot_eager")
-    for got, want in zip(
-        differentiated(compiled, pair, CASES[7], "cuda"), expected, strict=True
-    ):
+    for got, want in zip(differentiated(compiled, pair, CASES[7], "cuda"), expected, strict=True):
         assert_close(got, want, 1e-6)
 
 
