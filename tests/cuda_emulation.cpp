@@ -18,7 +18,7 @@ struct Arguments {
   float scale, margin;
   const float* scale_tensor;
   float image_weight, caption_weight, reduction;
-  int need_images, need_captions, cluster, resident, aligned;
+  int need_images, need_captions, cluster, resident, aligned, backwards;
   void *d_images, *d_captions;
   float *loss, *d_scale, *positive, *hardest;
   int64_t* index;
@@ -36,7 +36,7 @@ class Grid {
   }
   template <typename F>
   void each_block(const F& f) {
-    for (int rank = 0; rank < plan_.grid; ++rank) f(block(rank));
+    for (int i = 0; i < plan_.grid; ++i) f(block(backwards ? plan_.grid - 1 - i : i));
   }
   // Calls f(block, tile) for every tile of S and every block of its cluster; phases are separated by barriers
   // of the cluster.
@@ -46,8 +46,10 @@ class Grid {
     for (int tile = 0; tile < plan_.tiles(); ++tile)
       (
           [&] {
-            for (int rank = 0; rank < plan_.cluster; ++rank)
+            for (int i = 0; i < plan_.cluster; ++i) {
+              const int rank = backwards ? plan_.cluster - 1 - i : i;
               phases(block(tile % clusters * plan_.cluster + rank), tile);
+            }
           }(),
           ...);
   }
@@ -115,6 +117,7 @@ void run(const Arguments& a) {
 }  // namespace
 
 extern "C" void small_loss(const Arguments* a, int bits) {
+  backwards = a->backwards;
   if (bits == 32)
     run<float>(*a);
   else if (bits == 16)

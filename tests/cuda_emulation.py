@@ -24,7 +24,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("image_weight", "caption_weight", "reduction")),
         *(
             (name, ctypes.c_int)
-            for name in ("need_images", "need_captions", "cluster", "resident", "aligned")
+            for name in ("need_images", "need_captions", "cluster", "resident", "aligned", "backwards")
         ),
         *(
             (name, ctypes.c_void_p)
@@ -85,6 +85,7 @@ def small_loss(
     cluster: int | None = None,
     resident: int = 132,
     aligned: bool = True,
+    backwards: bool = False,
 ) -> Result:
     """torch.ops.fused_vse_cuda.small_loss (csrc/ops.h), on a GPU that runs `resident` blocks at a time."""
     n, d, m, k = *images.shape, captions.shape[0], num_pairs
@@ -106,7 +107,7 @@ def small_loss(
         *(pointer(x) for x in (images, captions, *ids)),
         *(n, m, d, k, KINDS.index(kind), scale, margin, pointer(scale_tensor)),
         *(weights[0] / largest, weights[1] / largest, largest / k if mean else largest),
-        *(*need, cluster, resident, aligned),
+        *(*need, cluster, resident, aligned, backwards),
         *(x.data_ptr() for x in (result.d_images, result.d_captions, result.loss, *result[3:])),
     )
     library.small_loss(ctypes.byref(arguments), BITS[images.dtype])

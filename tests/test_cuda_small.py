@@ -10,7 +10,7 @@ import torch
 from cases import CASES, Case, embeddings, ids_of, integer_embeddings
 from conftest import assert_close
 
-from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse import all_negatives_loss, dispatch, hardest_negative_loss, hinge_loss
 from fused_vse.backends import cuda, fakes
 
 REASON = cuda_emulation.why_not()
@@ -196,7 +196,7 @@ def test_temperature_and_one_sided_gradients(name, normalize, on_cpu):
 @pytest.mark.parametrize("kind", cuda_emulation.KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_cluster_and_any_grid(dtype, kind, resident, cluster, library):
-    """More tiles than blocks, slices without a chunk; the sum's order is that of the cluster alone."""
+    """More tiles than blocks, slices without a chunk, threads and blocks in another order: same bits."""
     case = SEVERAL_TILES
     pair, ids = embeddings(case, dtype), ids_of(case)
     options = dict(scale=10.0 if kind != "hinge_sum" else 1.0, margin=0.1, cluster=cluster)
@@ -207,8 +207,9 @@ def test_any_cluster_and_any_grid(dtype, kind, resident, cluster, library):
     actual, roomy = run(resident=resident), run(resident=1000)
     for got, want in zip(actual, roomy, strict=True):
         assert torch.equal(got, want)
-    for got, want in zip(actual, run(resident=resident, aligned=False), strict=True):
-        assert torch.equal(got, want)
+    for other in (run(resident=resident, aligned=False), run(resident=resident, backwards=True)):
+        for got, want in zip(actual, other, strict=True):
+            assert torch.equal(got, want)
     scores = pair[0].double() @ pair[1].double().T
     assert_close(actual.positive, scores.diagonal()[: case.pairs], 1e-6)
 
@@ -267,6 +268,32 @@ def test_limits_agree_with_the_kernel():
     plan = (cuda_emulation.ROOT / "csrc" / "cuda" / "small_plan.h").read_text()
     assert f"MAX_ROWS = {cuda.SMALL_ROWS};" in plan
     assert "MAX_DIM = 1 << 16;" in plan and cuda.SMALL_DIM == 1 << 16
+
+
+def test_auto_takes_only_what_was_measured(monkeypatch):
+    images = torch.empty(128, 1024, dtype=torch.bfloat16, device="meta")
+    assert cuda.MEASURED == () and not cuda.is_measured_ahead("small_loss", images, images)
+    monkeypatch.setattr(cuda, "DEVICE", "meta")
+    monkeypatch.setattr(cuda, "_unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    bucket = cuda.Bucket("small_loss", (9, 0), torch.bfloat16, max_rows=128, max_dim=1024)
+    monkeypatch.setattr(cuda, "MEASURED", (bucket,))
+    assert cuda.is_measured_ahead("small_loss", images, images)
+    assert not cuda.is_measured_ahead("other", images, images)
+    assert not cuda.is_measured_ahead("small_loss", images.half(), images.half())
+    assert not cuda.is_measured_ahead("small_loss", images, torch.cat([images, images]))
+    assert not cuda.is_measured_ahead("small_loss", *[torch.cat([images, images], 1)] * 2)
+    monkeypatch.setattr(cuda, "MEASURED", (bucket._replace(capability=(8, 0)),))
+    assert not cuda.is_measured_ahead("small_loss", images, images)
+
+
+def test_auto_does_not_choose_what_was_never_measured(on_cpu, monkeypatch):
+    assert dispatch.backends()["cuda"] == (
+        "available on request; not chosen by auto: never measured on a GPU"
+    )
+    monkeypatch.setattr(dispatch, "_FUSED", {"cuda": cuda})
+    with pytest.warns(UserWarning, match="cuda: not chosen by auto: never measured"):
+        assert dispatch.select("auto", torch.device("cpu")) == dispatch.REFERENCE
 
 
 @pytest.mark.parametrize(

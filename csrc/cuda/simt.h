@@ -3,8 +3,8 @@
 // for_each_thread, which is the current thread on a GPU and a loop on a CPU; what a thread keeps in registers
 // across barriers is a PerThread; a warp's instructions are functions of whole PerThreads.
 //
-// What the CPU cannot show: races between threads. An asynchronous copy arrives there as late as the code
-// allows, at the wait for it.
+// What the CPU cannot show is a race that neither order of the threads brings out. An asynchronous copy
+// arrives there as late as the code allows, at the wait for it.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -140,9 +140,12 @@ struct PerThread {
   decltype(auto) operator[](int thread) { return values[thread]; }
 };
 
+// Threads and blocks may run in any order between two barriers: a result that depends on it shows a race.
+inline bool backwards = false;
+
 template <typename F>
 void for_each_thread(const F& f) {
-  for (int thread = 0; thread < THREADS; ++thread) f(thread);
+  for (int i = 0; i < THREADS; ++i) f(backwards ? THREADS - 1 - i : i);
 }
 
 inline void block_sync() {}

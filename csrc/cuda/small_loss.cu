@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(THREADS, 1) small_loss_kernel(const __grid_con
     multiply_gradient(block, x, job, poisoned);
 }
 
-template <typename T>
 cudaLaunchConfig_t launch_config(const Launch& launch, int grid, int cluster,
                                  cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
@@ -112,7 +111,7 @@ const Resident& resident_blocks(const Launch& launch) {
   // Newer GPUs run the code for sm_80, which knows no clusters.
   for (int cluster = 2; major == 9 && cluster <= MAX_CLUSTER; cluster *= 2) {
     cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = launch_config<T>(launch, cluster, cluster, attributes);
+    const cudaLaunchConfig_t config = launch_config(launch, cluster, cluster, attributes);
     int clusters = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     found->second[cluster] = clusters * cluster;
@@ -189,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
         data<int64_t>(index),
     };
     cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = launch_config<T>(launch, plan.grid, cluster, attributes);
+    const cudaLaunchConfig_t config = launch_config(launch, plan.grid, cluster, attributes);
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, small_loss_kernel<T>, problem));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return std::make_tuple(loss, d_images, d_captions, d_scale, positive, hardest, index);
