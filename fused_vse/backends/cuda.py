@@ -7,11 +7,15 @@ from typing import NamedTuple
 import torch
 
 from . import native, triton
-from .fakes import register_normalize_fakes
+from .fakes import register_normalize_fakes, register_small_loss_fakes
 
 DEVICE = "cuda"
 NAMESPACE = "fused_vse_cuda"
 FAMILIES = ("loss", "dot") if triton.INSTALLED else ("loss",)
+
+# What the op small_loss takes; csrc/cuda/small_plan.h has the same numbers.
+SMALL_ROWS, SMALL_DIM = 512, 1 << 16
+SMALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Bucket(NamedTuple):
@@ -52,6 +56,7 @@ def _load() -> str | None:
 _NOT_LOADED = _load()
 if _NOT_LOADED is None:
     register_normalize_fakes(NAMESPACE)
+    register_small_loss_fakes(NAMESPACE)
     if "dot" in FAMILIES:
         from . import cuda_statistics
 
