@@ -306,16 +306,18 @@ def test_auto_does_not_choose_what_was_never_measured(on_cpu, monkeypatch):
         ((4, 4), {"similarity": "order"}, "no order similarity"),
     ],
 )
-def test_what_it_does_not_take_is_named(shape, options, message, on_cpu):
+def test_what_it_does_not_take_is_named(shape, options, message, on_cpu, monkeypatch):
+    monkeypatch.setattr(cuda, "FAMILIES", ("loss",))  # as without Triton
     options = dict(options)
     x = torch.ones(shape, dtype=options.pop("dtype", torch.float32))
     with pytest.raises(RuntimeError, match=message):
         hinge_loss(x, x, backend="cuda", **options)
 
 
-def test_scores_and_statistics_are_not_taken(on_cpu):
+def test_scores_and_statistics_are_not_taken(on_cpu, monkeypatch):
     from fused_vse import hardest_negatives
 
+    monkeypatch.setattr(cuda, "FAMILIES", ("loss",))  # as without Triton
     with pytest.raises(RuntimeError, match="no score-matrix losses"):
         hinge_loss(scores=torch.ones(2, 2), backend="cuda")
     with pytest.raises(RuntimeError, match="no statistics of the dot product"):
