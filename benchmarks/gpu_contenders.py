@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
+import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse.backends.cuda import SMALL_ROWS
 
 
 class Case(NamedTuple):
@@ -27,6 +29,16 @@ class Contender(NamedTuple):
     always_fresh: bool = False  # compiled anew for every case
 
 
+# For the choice between the cuda backend and Triton: one size for each that a trainer takes.
+SMALL_BUCKETS = [
+    ("all_negatives", 256, "bfloat16"),
+    ("all_negatives", 512, "bfloat16"),
+    ("hardest", 256, "bfloat16"),
+    ("hardest", 512, "bfloat16"),
+    ("all_negatives", 128, "float32"),
+    ("hardest", 128, "float32"),
+]
+
 # The numbers that decide come first: the budget may not reach the end.
 CASES = [
     Case("hardest", 32768, 1024, "bfloat16"),
@@ -45,6 +57,7 @@ CASES = [
     Case("all_negatives", 8192, 1024, "float32"),
     Case("hardest", 8192, 512, "bfloat16"),
     Case("hinge_sum", 128, 1024, "bfloat16"),
+    *(Case(loss, n, 1024, dtype) for loss, n, dtype in SMALL_BUCKETS),
     Case("all_negatives", 32768, 512, "bfloat16"),
     Case("hardest", 32768, 512, "bfloat16"),
     Case("hinge_sum", 8192, 512, "bfloat16"),
@@ -100,6 +113,12 @@ def fused_backend() -> str:
     return "triton" if torch.cuda.is_available() else "reference"
 
 
+def takes_cuda(case: Case) -> bool:
+    """One launch for a small batch; 16 bits for a large one, whose kernels are for Hopper."""
+    has_kernels = case.size <= SMALL_ROWS or case.dtype == "bfloat16"
+    return has_kernels and fused_vse.backends()["cuda"].startswith("available")
+
+
 def bare_gemm(images, captions):
     return images @ captions.T
 
@@ -126,3 +145,11 @@ def contenders_of(case: Case) -> Iterator[Contender]:
         yield Contender("torch.compile, graph", compiled, True, 0, "graph", always_fresh=True)
         both = torch.compile(fused, fullgraph=True) if torch.cuda.is_available() else fused
         yield Contender("torch.compile of fused, graph", both, True, 0, "graph", always_fresh=True)
+    if takes_cuda(case):
+
+        def fused_cuda(images, captions):
+            return FUSED[case.loss](images, captions, backend="cuda")
+
+        yield Contender("fused (cuda)", fused_cuda, True, 0)
+        if case.size <= SMALL_ROWS:
+            yield Contender("fused (cuda), graph", fused_cuda, True, 0, "graph")

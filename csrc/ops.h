@@ -93,3 +93,20 @@
 // With the order similarity s_ij = -|max(0, T_j - I_i)|_2 (arXiv 1511.06361) in place of the dot product,
 // under torch.ops.fused_vse_<name>_order: hardest_negatives, negative_logsumexp, hinge_sum and their
 // backward ops, with the schemas above. Where a difference has no positive part the gradient is 0.
+
+// A whole loss of a small batch (N, M <= 512; float16, bfloat16, float32) as one op, of fused_vse_cuda:
+//   kind  0 all negatives, 1 hardest negative, 2 its smooth form, 3 sum of hinges
+//   loss [] = the sum over both rows of the anchors' losses, times image_weight or caption_weight, divided by
+//     K if mean; alpha = scale * (scale_tensor [] or 1) is 1 / temperature, 1 for the hinge of the hardest
+//   d_images, d_captions, d_scale []  its gradients, d_scale for scale_tensor
+//   positive, score, index  as of hardest_negatives
+#define SMALL_LOSS_SCHEMA                                                                      \
+  "small_loss(Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, "        \
+  "SymInt num_pairs, int kind, float scale, Tensor? scale_tensor, float margin, "              \
+  "float image_weight, float caption_weight, bool mean, bool need_images, bool need_captions)" \
+  " -> (Tensor loss, Tensor d_images, Tensor d_captions, Tensor d_scale, Tensor positive, "    \
+  "Tensor score, Tensor index)"
+// The backward pass of small_loss: its gradients times upstream [] float.
+#define SCALE_GRADIENTS_SCHEMA                                                               \
+  "scale_gradients(Tensor upstream, Tensor d_images, Tensor d_captions, Tensor d_scale) -> " \
+  "(Tensor, Tensor, Tensor)"

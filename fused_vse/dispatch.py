@@ -3,7 +3,8 @@
 A backend is a module of `fused_vse.backends` with
     UNAVAILABLE: the reason why it cannot be used here together with the remedy, or None;
     DEVICE: the type of device whose tensors it takes;
-    FAMILIES: optional, which families of ops it has: "dot" (default), "order", "scores";
+    FAMILIES: optional, which families of ops it has: "dot" (default), "order", "scores", "loss";
+    ON_REQUEST: optional, why "auto" does not choose it, or None;
 and, registered under `torch.ops.fused_vse_<name>`, the ops that csrc/ops.h documents. The
 reference is plain PyTorch, takes any device and needs no ops.
 """
@@ -14,24 +15,36 @@ from types import ModuleType
 import torch
 
 from .arguments import check_choice
-from .backends import cpu, triton
+from .backends import cpu, cuda, triton
 
 REFERENCE = "reference"
-FAMILY_NAMES = {"dot": "dot product", "order": "order similarity", "scores": "score-matrix losses"}
+FAMILY_NAMES = {
+    "dot": "statistics of the dot product",
+    "order": "order similarity",
+    "scores": "score-matrix losses",
+    "loss": "whole losses",
+}
 # In the order in which "auto" tries them.
-_FUSED: dict[str, ModuleType] = {"cpu": cpu, "triton": triton}
+_FUSED: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda}
 
 
 def backends() -> dict[str, str]:
     """Every backend's name with "available", or the reason why it is not and the remedy."""
-    reasons = {name: _unavailable(name) or "available" for name in _FUSED}
-    return {REFERENCE: "available", **reasons}
+    return {REFERENCE: "available", **{name: _status(name) for name in _FUSED}}
+
+
+def _status(name: str) -> str:
+    on_request = getattr(_FUSED[name], "ON_REQUEST", None)
+    return _FUSED[name].UNAVAILABLE or (
+        f"available on request; {on_request}" if on_request else "available"
+    )
 
 
 def select(backend: str, device: torch.device, family: str = "dot") -> str:
     """Returns the name of the backend to use for tensors on `device`.
 
-    `family` is "dot" or "order", the similarity of embeddings, or "scores" for a score matrix.
+    `family` is "dot" or "order", the similarity of embeddings, "scores" for a score matrix, or "loss" for
+    a loss of embeddings as one op.
 
     Raises:
         ValueError: the name is unknown, or the backend does not take tensors of this device.
@@ -59,7 +72,8 @@ def _unavailable(name: str, family: str = "dot") -> str | None:
     # A backend may look at the hardware the first time: nothing for the compiler to trace.
     module = _FUSED[name]
     if module.UNAVAILABLE is None and family not in getattr(module, "FAMILIES", ("dot",)):
-        return f"it has no {FAMILY_NAMES[family]} yet; use backend='reference'"
+        others = "'triton' or 'reference'" if module.DEVICE == "cuda" else "'reference'"
+        return f"it has no {FAMILY_NAMES[family]} yet; use backend={others}"
     return module.UNAVAILABLE
 
 
@@ -67,7 +81,7 @@ def _automatic(device: torch.device, family: str) -> str:
     reasons = []
     for name, module in _FUSED.items():
         if module.DEVICE == device.type:
-            reason = _unavailable(name, family)
+            reason = getattr(module, "ON_REQUEST", None) or _unavailable(name, family)
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")

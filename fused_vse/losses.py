@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from . import arguments
 from .arguments import Batch, ScoreMatrix, check_batch, check_temperature, inverse_temperature
+from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, small_loss, takes
 from .statistics import (
     HardestNegatives,
     hardest_statistic,
@@ -94,8 +95,13 @@ def all_negatives_loss(
     temperature = check_temperature(temperature, batch.tensor.device)
     margin = arguments.check_margin(margin)
     weights = _check_reduction(direction_weights, reduction)
-    batch, backend = prepare(batch, normalize, similarity, backend)
     scale = inverse_temperature(temperature, batch.tensor)
+    if takes(batch, similarity, reduction, backend):
+        loss, hardest = small_loss(
+            ALL_NEGATIVES, batch, scale, margin, weights, reduction, normalize
+        )
+        return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
+    batch, backend = prepare(batch, normalize, similarity, backend)
 
     positive, logsumexp = logsumexp_statistic(batch, scale, backend)
     # -log(e^αp / (e^αp + e^(lse + αm))) = softplus(lse + α(m - p)), whose terms nearly cancel
@@ -148,8 +154,12 @@ def hardest_negative_loss(
     temperature = check_temperature(temperature, batch.tensor.device)
     margin = arguments.check_margin(margin)
     weights = _check_reduction(direction_weights, reduction)
-    batch, backend = prepare(batch, normalize, similarity, backend)
     scale = inverse_temperature(temperature, batch.tensor)
+    if takes(batch, similarity, reduction, backend):
+        kind = HARDEST_SMOOTH if smooth else HARDEST
+        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, normalize)
+        return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
+    batch, backend = prepare(batch, normalize, similarity, backend)
 
     hardest = hardest_statistic(batch, backend)
     violation = _violation(hardest, margin)
@@ -189,6 +199,10 @@ def hinge_loss(
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
     margin = arguments.check_margin(margin)
     weights = _check_reduction(direction_weights, reduction)
+    if takes(batch, similarity, reduction, backend):
+        kind = HARDEST if hardest else HINGE_SUM
+        loss, negatives = small_loss(kind, batch, 1.0, margin, weights, reduction, normalize)
+        return (loss, _detached_statistics(negatives, margin)) if return_statistics else loss
     batch, backend = prepare(batch, normalize, similarity, backend)
 
     if hardest:

@@ -130,8 +130,8 @@ def prepare(
     backend = select(backend, batch.tensor.device, similarity)
     if normalize:
         batch = batch._replace(
-            images=_l2_normalize(batch.images, backend),
-            captions=_l2_normalize(batch.captions, backend),
+            images=l2_normalize(batch.images, backend),
+            captions=l2_normalize(batch.captions, backend),
         )
     if similarity == "dot":
         return batch, backend
@@ -165,7 +165,7 @@ def logsumexp_statistic(
         return NegativeLogsumexp(
             *_ScoresNegativeLogsumexp.apply(*batch, scale, scale_tensor, backend)
         )
-    save_scores = _needs_grad(batch.images, batch.captions, scale_tensor)
+    save_scores = needs_grad(batch.images, batch.captions, scale_tensor)
     positive, logsumexp, _ = _NegativeLogsumexp.apply(
         *batch, scale, scale_tensor, save_scores, backend
     )
@@ -180,17 +180,17 @@ def hinge_statistic(
         return reference.hinge_sum(*_embeddings(batch), margin)
     if isinstance(batch, ScoreMatrix):
         return _ScoresHingeSum.apply(*batch, margin, backend)
-    save_scores = _needs_grad(batch.images, batch.captions)
+    save_scores = needs_grad(batch.images, batch.captions)
     return _HingeSum.apply(*batch, margin, save_scores, backend)[:3]
 
 
-def _l2_normalize(rows: Tensor, backend: str) -> Tensor:
+def l2_normalize(rows: Tensor, backend: str) -> Tensor:
     if backend == REFERENCE:
         return reference.l2_normalize(rows)
     return _L2Normalize.apply(rows, backend)[0]
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -217,7 +217,7 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def _first_order_only(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def first_order_only(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     # The engine enables grad mode in a backward pass exactly when create_graph=True.
     if not torch.is_grad_enabled():
         return gradients
@@ -245,7 +245,7 @@ class _HardestNegatives(torch.autograd.Function):
             d_positive, d_score, *ctx.saved_tensors, need_images, need_captions
         )
         gradients = d_images if need_images else None, d_captions if need_captions else None
-        return *_first_order_only(*gradients), None, None, None, None
+        return *first_order_only(*gradients), None, None, None, None
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
@@ -283,7 +283,7 @@ class _NegativeLogsumexp(torch.autograd.Function):
         d_images, d_captions, d_scale = _ops(ctx.backend).negative_logsumexp_backward(
             d_positive, d_logsumexp, *tensors, ctx.scale, scale_tensor, need_images, need_captions
         )
-        d_images, d_captions, d_scale = _first_order_only(
+        d_images, d_captions, d_scale = first_order_only(
             d_images if need_images else None,
             d_captions if need_captions else None,
             d_scale if need_scale else None,
@@ -312,7 +312,7 @@ class _HingeSum(torch.autograd.Function):
             d_positive, d_hinge_sum, *ctx.saved_tensors, ctx.margin, need_images, need_captions
         )
         gradients = d_images if need_images else None, d_captions if need_captions else None
-        return *_first_order_only(*gradients), None, None, None, None, None, None
+        return *first_order_only(*gradients), None, None, None, None, None, None
 
 
 class _ScoresHardestNegatives(torch.autograd.Function):
@@ -332,7 +332,7 @@ class _ScoresHardestNegatives(torch.autograd.Function):
         d_scores = _ops(ctx.backend).hardest_negatives_backward(
             d_positive, d_score, *ctx.saved_tensors
         )
-        return *_first_order_only(d_scores), None, None, None, None
+        return *first_order_only(d_scores), None, None, None, None
 
 
 class _ScoresNegativeLogsumexp(torch.autograd.Function):
@@ -353,7 +353,7 @@ class _ScoresNegativeLogsumexp(torch.autograd.Function):
         d_scores, d_scale = _ops(ctx.backend).negative_logsumexp_backward(
             d_positive, d_logsumexp, *tensors, ctx.scale, scale_tensor
         )
-        d_scores, d_scale = _first_order_only(
+        d_scores, d_scale = first_order_only(
             d_scores if ctx.needs_input_grad[0] else None,
             d_scale if ctx.needs_input_grad[5] else None,
         )
@@ -377,7 +377,7 @@ class _ScoresHingeSum(torch.autograd.Function):
         d_scores = _ops(ctx.backend).hinge_sum_backward(
             d_positive, d_hinge_sum, *ctx.saved_tensors, ctx.margin
         )
-        return *_first_order_only(d_scores), None, None, None, None, None
+        return *first_order_only(d_scores), None, None, None, None, None
 
 
 class _L2Normalize(torch.autograd.Function):
@@ -395,4 +395,4 @@ class _L2Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_normalized, _):
         d_rows = _ops(ctx.backend).l2_normalize_backward(d_normalized, *ctx.saved_tensors)
-        return *_first_order_only(d_rows), None
+        return *first_order_only(d_rows), None

@@ -1,6 +1,7 @@
 """What an installation holds, and what it says where the native library is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY, NOTE = "_cpu.abi3.so", "_cpu.not_built.txt"
+CUDA_NOTE = "_cuda.not_built.txt"
 BUILD_FILES = (
     "build_backend.py",
     "setup.py",
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 def project(tmp_path) -> Path:
     """A copy of what a build reads, with nothing built."""
     top = tmp_path / "project"
-    built = shutil.ignore_patterns("*.so", NOTE, "__pycache__")
+    built = shutil.ignore_patterns("*.so", NOTE, CUDA_NOTE, "__pycache__")
     for directory in ("fused_vse", "csrc"):
         shutil.copytree(ROOT / directory, top / directory, ignore=built)
     for name in BUILD_FILES:
@@ -39,18 +41,21 @@ def project(tmp_path) -> Path:
     return top
 
 
-def run(project: Path, code: str, **environment: str) -> str:
-    """Runs Python code in the project; returns what it prints."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("CXX", "FUSED_VSE_NO_EXTENSION")}
+def run(project: Path, code: str, fails: bool = False, **environment: str) -> str:
+    """Runs Python code in the project; returns what it prints, or the errors of what is to fail."""
+    choices = ("CXX", "CUDA_HOME", "FUSED_VSE_NO_EXTENSION", "FUSED_VSE_CUDA")
+    keep = {k: v for k, v in os.environ.items() if k not in choices}
+    # The CUDA library takes a minute to build: only where it is the point.
+    keep |= {"PYTHONPATH": str(project), "FUSED_VSE_CUDA": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=project,
-        env={**keep, "PYTHONPATH": str(project), **environment},
+        env={**keep, **environment},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
 
 
 def build(project: Path, what: str, **environment: str) -> Path:
@@ -116,6 +121,51 @@ def test_wheel_without_library_is_pure_and_says_why(project, environment, reason
     assert f"fused_vse/{LIBRARY}" not in names
     sources = (path.relative_to(project) for path in (project / "fused_vse").rglob("*.py"))
     assert {str(path) for path in sources} <= names
+
+
+def cuda_build_of_torch() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"FUSED_VSE_CUDA": "0"}, "left out by FUSED_VSE_CUDA=0"),
+        ({"FUSED_VSE_CUDA": "auto", "CUDA_HOME": "/nowhere"}, "nvcc was not found"),
+        ({"FUSED_VSE_CUDA": "auto", "FUSED_VSE_NO_EXTENSION": "1"}, "FUSED_VSE_NO_EXTENSION"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is built at all")
+def test_wheel_without_cuda_says_why(project, environment, reason):
+    if "nvcc" in reason and not cuda_build_of_torch():
+        reason = "is a build without CUDA"
+    # The C++ compiler fails at once: here it is not the point.
+    with zipfile.ZipFile(build(project, "wheel", **{"CXX": "false", **environment})) as archive:
+        assert reason in archive.read(f"fused_vse/{CUDA_NOTE}").decode()
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"FUSED_VSE_CUDA": "1", "CUDA_HOME": "/nowhere"}, "FUSED_VSE_CUDA=1, but.*nvcc was not"),
+        ({"FUSED_VSE_CUDA": "1", "FUSED_VSE_NO_EXTENSION": "1"}, "but.*FUSED_VSE_NO_EXTENSION"),
+        ({"FUSED_VSE_CUDA": "yes"}, "FUSED_VSE_CUDA must be auto, 0 or 1; got 'yes'"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is built at all")
+def test_cuda_that_was_asked_for_fails_loudly(project, environment, reason):
+    if "nvcc" in reason and not cuda_build_of_torch():
+        reason = "but.*is a build without CUDA"
+    code = "import build_backend; build_backend.build_wheel('dist')"
+    assert re.search(reason, run(project, code, fails=True, **{"CXX": "false", **environment}))
+
+
+def test_note_of_the_cuda_build_is_the_reason(project):
+    (project / "fused_vse" / CUDA_NOTE).write_text("the note of the build\n")
+    reason = run(project, "import fused_vse; print(fused_vse.backends()['cuda'])")
+    assert ("the note of the build" if cuda_build_of_torch() else "without CUDA") in reason
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is built at all")

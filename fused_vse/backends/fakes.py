@@ -93,6 +93,20 @@ def _l2_normalize_backward(d_normalized, normalized, inverse_norm):
     return torch.empty_like(normalized)
 
 
+def _small_loss(
+    images, captions, image_ids, caption_ids, num_pairs, kind, scale, scale_tensor, margin,
+    image_weight, caption_weight, mean, need_images, need_captions,
+):  # fmt: skip
+    scalars = [images.new_empty((), dtype=torch.float32) for _ in range(2)]
+    gradients = _gradients(images, captions, need_images, need_captions)
+    positive, score = _statistic(images, num_pairs)
+    return scalars[0], *gradients, scalars[1], positive, score, _indices(images, num_pairs)
+
+
+def _scale_gradients(upstream, d_images, d_captions, d_scale):
+    return torch.empty_like(d_images), torch.empty_like(d_captions), torch.empty_like(d_scale)
+
+
 def _scores_hardest_negatives(scores, image_ids, caption_ids, num_pairs):
     return *_statistic(scores, num_pairs), _indices(scores, num_pairs)
 
@@ -148,12 +162,22 @@ def _register(namespace: str, fakes: tuple, prefix: str = "_") -> None:
 def register_fakes(namespace: str) -> None:
     """Gives every op of `torch.ops.<namespace>` its fake implementation."""
     register_statistic_fakes(namespace)
+    register_normalize_fakes(namespace)
+
+
+def register_normalize_fakes(namespace: str) -> None:
+    """The same for the normalisation alone."""
     _register(namespace, (_l2_normalize, _l2_normalize_backward))
 
 
 def register_statistic_fakes(namespace: str) -> None:
     """The same where there are only statistics, as for another similarity."""
     _register(namespace, _STATISTICS)
+
+
+def register_small_loss_fakes(namespace: str) -> None:
+    """The same for a whole loss of a small batch."""
+    _register(namespace, (_small_loss, _scale_gradients))
 
 
 def register_score_fakes(namespace: str) -> None:

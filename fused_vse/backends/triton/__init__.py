@@ -28,7 +28,9 @@ if triton is not None:
 else:
     DEVICE = "cuda"
 
-__all__ = ["DEVICE", "UNAVAILABLE", "set_workspace_bytes", "workspace_bytes"]
+INSTALLED = triton is not None
+
+__all__ = ["DEVICE", "INSTALLED", "UNAVAILABLE", "set_workspace_bytes", "workspace_bytes"]
 
 
 def __getattr__(name: str):

@@ -1,0 +1,97 @@
+// Host-side decisions of the Hopper backend, as plain functions: what it takes, and in which pieces.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "hopper_tile.h"
+
+namespace fused_vse::hopper {
+
+// One side's embeddings [rows, D] as they lie in memory.
+struct Layout {
+  int64_t rows, dimensions;
+  int64_t row_stride, column_stride;  // elements
+  uint64_t address;
+  bool is_16_bit;  // bfloat16 or float16
+};
+
+// Why the copy engine or the kernel's 32-bit numbers cannot take these embeddings, or "".
+inline std::string obstacle(const char* name, const Layout& x) {
+  const auto text = [&](const std::string& why) { return std::string(name) + " " + why; };
+  if (!x.is_16_bit) return text("must be bfloat16 or float16");
+  if (x.dimensions % 8 != 0)
+    return text("have D = " + std::to_string(x.dimensions) + ", which must be a multiple of 8");
+  if (x.column_stride != 1) return text("must have unit stride along D");
+  if (x.rows > 1 && (x.row_stride % 8 != 0 || x.row_stride < x.dimensions))
+    return text("have rows " + std::to_string(x.row_stride) +
+                " elements apart, which must be a multiple of 8 and at least D");
+  if (x.address % 16 != 0) return text("must begin on a 16-byte boundary");
+  // Row numbers of a tile beyond the last one, too.
+  if (x.rows > INT32_MAX - CLUSTER * TILE_ROWS || x.dimensions > INT32_MAX - TILE_DEPTH)
+    return text("are too large for 32-bit row numbers");
+  return "";
+}
+
+// The kernels need compute capability 9.0 itself: wgmma and setmaxnreg are in no later architecture.
+inline std::string obstacle(int major, int minor, const Layout& images, const Layout& captions) {
+  if (major != 9 || minor != 0)
+    return "the GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+           ", not 9.0";
+  const std::string why = obstacle("images", images);
+  if (!why.empty()) return why;
+  const std::string also = obstacle("captions", captions);
+  if (!also.empty()) return also;
+  const Rectangle all{0, static_cast<int>(images.rows), static_cast<int>(captions.rows)};
+  // Numbers of two rounds of clusters beyond the last tile, and of a whole group of rows, too.
+  constexpr int64_t MARGIN = 1 << 20;
+  if ((int64_t{all.cluster_rows()} + GROUP_CLUSTER_ROWS) * all.column_tiles() > INT32_MAX - MARGIN)
+    return "there are too many tiles for 32-bit numbers";
+  return "";
+}
+
+// Bytes of partial results that each row of a rectangle takes: one item a column tile for itself, and its
+// share of one item a column for its row tile.
+inline int64_t partial_bytes_per_row(int64_t num_columns, int64_t num_pairs) {
+  const int64_t row_slots = (num_columns + TILE_COLS - 1) / TILE_COLS;
+  const int64_t column_slots = (num_pairs + TILE_ROWS - 1) / TILE_ROWS;
+  return PLANES * static_cast<int64_t>(sizeof(float)) * (row_slots + column_slots);
+}
+
+// S without the scores among extra negatives, in pieces of at most `height` rows: all columns for the rows of
+// pairs, the columns of pairs for the others.
+inline std::vector<Rectangle> rectangles(int64_t n, int64_t m, int64_t k, int64_t height) {
+  std::vector<Rectangle> pieces;
+  const auto add = [&](int64_t begin, int64_t end, int64_t columns) {
+    for (int64_t row = begin; row < end; row += height)
+      pieces.push_back(
+          {static_cast<int>(row), static_cast<int>(std::min(row + height, end)), static_cast<int>(columns)});
+  };
+  add(0, k, m);
+  add(k, n, k);
+  return pieces;
+}
+
+// Whole cluster tiles, at least one row of them.
+inline int64_t piece_height(int64_t workspace_bytes, int64_t bytes_per_row) {
+  constexpr int64_t STEP = CLUSTER * TILE_ROWS;
+  return std::max(workspace_bytes / bytes_per_row / STEP * STEP, STEP);
+}
+
+// Floats of partial results that the largest of the pieces needs.
+struct PartialSizes {
+  int64_t rows, columns;
+};
+
+inline PartialSizes partial_sizes(const std::vector<Rectangle>& pieces, int64_t num_pairs) {
+  PartialSizes sizes{0, 0};
+  for (const Rectangle& piece : pieces) {
+    sizes.rows = std::max(sizes.rows, partial_at(piece.column_tiles(), 0, piece.rows(), 0));
+    sizes.columns = std::max(sizes.columns, partial_at(piece.row_tiles() + 1, 0, num_pairs, 0));
+  }
+  return sizes;
+}
+
+}  // namespace fused_vse::hopper

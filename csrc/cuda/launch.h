@@ -1,0 +1,63 @@
+// What every op of the CUDA backend does on the host around a kernel: tensors in, a launch, an error check.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace fused_vse {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Makes the tensor's device the current one for as long as it lives, and knows its current stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  int device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+// Calls f(T{}) with the type of the embeddings.
+template <typename F>
+auto dispatch_embeddings(const Tensor& x, F&& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return f(Half{});
+    case ScalarType::BFloat16: return f(BFloat16{});
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
+                      "fused_vse_cuda takes float16, bfloat16 and float32 embeddings");
+      return f(float{});
+  }
+}
+
+template <typename T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
+}
+
+}  // namespace fused_vse

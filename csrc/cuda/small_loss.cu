@@ -1,0 +1,204 @@
+// small_loss (ops.h): a whole loss of at most 512 images and captions, and its gradients, in one launch.
+//
+//   S = I T^t; per anchor its negatives' statistics, loss and weights (small_statistics.h);
+//   d_images = factor (G T - pull T_k), d_captions = factor (G^t I - pull I_k), G_ij from S_ij and the
+//   weights of anchors i and j.
+//
+//   for each 64 x 64 tile of S, a cluster each:                       (cluster = 1 before sm_90)
+//     each block multiplies its slice of D                            4 stages of cp.async, mma.sync
+//     -- cluster barrier --
+//     each block sums its strip of 64 / cluster rows                  distributed shared memory
+//     writes the strip to global memory                               and whether all of it is finite
+//     writes (max, argmax, sum, moment) of the strip's rows and columns
+//   -- grid barrier --
+//   HINGE_SUM only, whose thresholds are the diagonal of S: the statistics here, then -- grid barrier --
+//   each block merges the statistics of all anchors; the last one writes the loss
+//   for each 64 x 64 tile of d_images and d_captions, a block each:
+//     for each chunk of 64 (float32: 32) rows of the other side:
+//       G from S into shared memory, rounded to the embeddings' type; multiply by the rows
+//     subtract the positives' part in float32, write
+//
+// Everything is summed in an order that the shapes alone decide: the result has the same bits every time.
+//
+// Resources: 256 threads; 91 KiB of shared memory, 64 KiB of it stages; registers for one block on a
+// multiprocessor, which keeps loads in flight instead of other blocks; no stack. The launch is cooperative:
+// all of its blocks run at the same time.
+#include <array>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "../ops.h"
+#include "launch.h"
+#include "small_loss.h"
+
+namespace fused_vse {
+namespace {
+
+namespace cg = cooperative_groups;
+using namespace small;
+
+static_assert(sizeof(Shared) <= 99 << 10, "more shared memory than a block may have on sm_86 and sm_89");
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS, 1) small_loss_kernel(const __grid_constant__ Problem<T> x) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  const int cluster = x.plan.cluster;
+  const Block<Shared> block{reinterpret_cast<Shared*>(memory), int(blockIdx.x), int(gridDim.x),
+                            int(blockIdx.x) % cluster, cluster};
+  const auto cluster_sync = [&] {
+#if __CUDA_ARCH__ >= 900
+    if (cluster > 1) return cg::this_cluster().sync();
+#endif
+    block_sync();
+  };
+  const int first = block.rank / cluster, clusters = block.grid / cluster;
+  for (int tile = first; tile < x.plan.tiles(); tile += clusters) {
+    if (tile != first) cluster_sync();  // the peers have read `partial`
+    multiply_slice(block, x, tile);
+    cluster_sync();
+    sum_strip(block, x, tile);
+    if (x.kind != HINGE_SUM) strip_statistics(block, x, tile);
+  }
+  cg::this_grid().sync();
+  if (x.kind == HINGE_SUM) {
+    for (int tile = first; tile < x.plan.tiles(); tile += clusters) {
+      recall_strip(block, x, tile);
+      strip_statistics(block, x, tile);
+    }
+    cg::this_grid().sync();
+  }
+  const bool poisoned = is_poisoned(x);
+  merge_statistics(block, x, poisoned, block.rank == block.grid - 1);
+  for (int job = block.rank; job < x.plan.jobs(); job += block.grid)
+    multiply_gradient(block, x, job, poisoned);
+}
+
+cudaLaunchConfig_t launch_config(const Launch& launch, int grid, int cluster,
+                                 cudaLaunchAttribute* attributes) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(grid));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = sizeof(Shared);
+  config.stream = launch.stream();
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  return config;
+}
+
+// How many blocks the device runs at the same time, by the cluster's size; 0 where it has no such clusters.
+using Resident = std::array<int, MAX_CLUSTER + 1>;
+
+template <typename T>
+const Resident& resident_blocks(const Launch& launch) {
+  static std::mutex mutex;
+  static std::map<int, Resident> devices;
+  const std::lock_guard lock(mutex);
+  const auto [found, is_new] = devices.try_emplace(launch.device());
+  if (!is_new) return found->second;
+  const auto kernel = small_loss_kernel<T>;
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))));
+  int major = 0, multiprocessors = 0, blocks = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device()));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device()));
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, sizeof(Shared)));
+  found->second[1] = blocks * multiprocessors;
+  // Newer GPUs run the code for sm_80, which knows no clusters.
+  for (int cluster = 2; major == 9 && cluster <= MAX_CLUSTER; cluster *= 2) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = launch_config(launch, cluster, cluster, attributes);
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    found->second[cluster] = clusters * cluster;
+  }
+  return found->second;
+}
+
+const int64_t* ids_of(const std::optional<Tensor>& ids) { return ids ? data<int64_t>(*ids) : nullptr; }
+
+bool is_aligned(const Tensor& x, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.size(1) * element_size % 16 == 0;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
+    const Tensor& images, const Tensor& captions, const OptionalTensor& image_ids,
+    const OptionalTensor& caption_ids, int64_t num_pairs, int64_t kind, double scale,
+    const OptionalTensor& scale_tensor, double margin, double image_weight, double caption_weight, bool mean,
+    bool need_images, bool need_captions) {
+  const int64_t n = images.size(0), m = captions.size(0), d = images.size(1);
+  STD_TORCH_CHECK(n <= MAX_ROWS && m <= MAX_ROWS && d <= MAX_DIM, "small_loss takes at most ", MAX_ROWS,
+                  " images and captions of at most ", MAX_DIM, " dimensions, got ", n, ", ", m, " and ", d);
+  STD_TORCH_CHECK(ALL_NEGATIVES <= kind && kind <= HINGE_SUM, "unknown kind of loss: ", kind);
+  return dispatch_embeddings(images, [&](auto zero) {
+    using T = decltype(zero);
+    const Launch launch(images);
+    const Tensor rows = torch::stable::contiguous(images), cols = torch::stable::contiguous(captions);
+    const auto contiguous = [](const OptionalTensor& x) {
+      return x ? OptionalTensor(torch::stable::contiguous(*x)) : x;
+    };
+    const OptionalTensor row_ids = contiguous(image_ids), col_ids = contiguous(caption_ids);
+    const Resident& resident = resident_blocks<T>(launch);
+    int cluster = preferred_cluster(int(std::max(n, m)), int(d), int(sizeof(T)));
+    while (cluster > 1 && resident[cluster] < cluster) cluster /= 2;
+    const Plan plan =
+        make_plan(int(n), int(m), int(d), need_images, need_captions, cluster, resident[cluster]);
+    const Workspace at = workspace_of(plan, int(n), int(m));
+
+    const auto type = images.scalar_type();
+    const auto like = [&](bool needed, const Tensor& x) {
+      return needed ? empty_on(x, {x.size(0), d}, type) : empty_on(x, {0}, type);
+    };
+    Tensor d_images = like(need_images, rows), d_captions = like(need_captions, cols);
+    Tensor loss = empty_on(rows, {}, ScalarType::Float), d_scale = empty_on(rows, {}, ScalarType::Float);
+    Tensor positive = empty_on(rows, {num_pairs}, ScalarType::Float);
+    Tensor hardest = empty_on(rows, {2, num_pairs}, ScalarType::Float);
+    Tensor index = empty_on(rows, {2, num_pairs}, ScalarType::Long);
+    const Tensor memory = empty_on(rows, {at.bytes}, ScalarType::Byte);
+    char* workspace = data<char>(memory);
+
+    const double largest = std::max(image_weight, caption_weight), unit = largest > 0 ? largest : 1;
+    const Problem<T> problem{
+        {data<T>(rows), int(n), int(d), is_aligned(rows, sizeof(T))},
+        {data<T>(cols), int(m), int(d), is_aligned(cols, sizeof(T))},
+        ids_of(row_ids),
+        ids_of(col_ids),
+        int(num_pairs),
+        Loss(kind),
+        float(scale),
+        float(margin),
+        scale_tensor ? data<float>(*scale_tensor) : nullptr,
+        {float(image_weight / unit), float(caption_weight / unit)},
+        float(mean ? unit / double(num_pairs) : unit),
+        plan,
+        reinterpret_cast<float*>(workspace + at.scores),
+        reinterpret_cast<Statistic*>(workspace + at.of_rows),
+        reinterpret_cast<Statistic*>(workspace + at.of_columns),
+        reinterpret_cast<int*>(workspace + at.not_finite),
+        need_images ? data<T>(d_images) : nullptr,
+        need_captions ? data<T>(d_captions) : nullptr,
+        data<float>(loss),
+        data<float>(d_scale),
+        data<float>(positive),
+        data<float>(hardest),
+        data<int64_t>(index),
+    };
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = launch_config(launch, plan.grid, cluster, attributes);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, small_loss_kernel<T>, problem));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return std::make_tuple(loss, d_images, d_captions, d_scale, positive, hardest, index);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_vse_cuda, m) { m.def(SMALL_LOSS_SCHEMA); }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_vse_cuda, CUDA, m) { m.impl("small_loss", TORCH_BOX(&small_loss)); }
+
+}  // namespace fused_vse

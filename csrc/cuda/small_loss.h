@@ -1,0 +1,315 @@
+// The phases of the small-batch loss (formula, walk and budget: small_loss.cu). Each is a function of one
+// thread block; what lies between two of them is a barrier of the cluster or of the grid. The CPU runs the
+// same functions in the same order (tests/cuda_emulation.cpp).
+#pragma once
+
+#include <limits>
+
+#include "small_statistics.h"
+#include "small_tiles.h"
+
+namespace fused_vse::small {
+
+struct Shared {
+  union {
+    Stage stages[STAGES];
+    struct {
+      float partial[TILE][TILE + 1];  // over this block's slice of D; read by the whole cluster
+      float strip[TILE][TILE + 1];    // its rows of the sum
+    } scores;
+  };
+  Statistic segments[2 * TILE * TILE / SEGMENT];
+  int64_t row_ids[TILE], col_ids[TILE];
+  // Of all anchors, row 0 for images; see struct Anchor.
+  float reference[2][MAX_ROWS], weight[2][MAX_ROWS], pull[2][MAX_ROWS];
+  float loss[THREADS], d_alpha[THREADS];
+};
+
+template <typename T>
+struct Problem {
+  Rows<T> images, captions;                // [N, D], [M, D]
+  const int64_t *image_ids, *caption_ids;  // [N], [M], or null for the row numbers
+  int k;
+  Loss kind;
+  float scale, margin;
+  const float* scale_tensor;  // [], or null for 1
+  float direction_weight[2];  // the larger one is 1; the rest of it is in `reduction`
+  float reduction;            // factor of the sum over the anchors
+  Plan plan;
+  float* scores;                    // [N, M]
+  Statistic *of_rows, *of_columns;  // [col_tiles, N], [strips, M]
+  int* not_finite;                  // [tiles, cluster]
+  T *d_images, *d_captions;         // [N, D], [M, D]; null if not needed
+  float *loss, *d_scale;            // []
+  float *positive, *hardest;        // [K], [2, K]
+  int64_t* index;                   // [2, K]
+
+  SIMT float alpha() const { return scale_tensor ? scale * *scale_tensor : scale; }
+  SIMT float weight_of(int side) const { return side ? direction_weight[1] : direction_weight[0]; }
+  SIMT int64_t id(int side, int i) const {
+    const int64_t* ids = side ? caption_ids : image_ids;
+    return ids ? ids[i] : i;
+  }
+  SIMT float score(int i, int j) const { return scores[i * captions.count + j]; }
+  // A float16 weight exp(..) / sum would underflow where the gradient matters; the sum of two stays below
+  // 65504.
+  static constexpr float GAIN = std::is_same_v<T, Half> ? 16384.0f : 1.0f;
+};
+
+// Place of a strip: rows [row, row + height) and columns [col, col + 64) of S.
+struct Strip {
+  int tile, row, col, height, index;
+};
+
+template <typename T>
+SIMT Strip strip_of(const Block<Shared>& block, const Problem<T>& x, int tile) {
+  const int height = x.plan.strip_rows(), row_tile = tile % x.plan.row_tiles;
+  return {tile, row_tile * TILE + block.cluster_rank * height, tile / x.plan.row_tiles * TILE, height,
+          row_tile * x.plan.cluster + block.cluster_rank};
+}
+
+// This block's slice of D of a tile of S, left in `partial`.
+template <typename T>
+SIMT void multiply_slice(const Block<Shared>& block, const Problem<T>& x, int tile) {
+  Shared& shared = *block.shared;
+  const int row = tile % x.plan.row_tiles * TILE, col = tile / x.plan.row_tiles * TILE;
+  const Slice slice = slice_of(ceil_div(x.images.dim, CHUNK<T>), block.cluster_rank, block.cluster_size);
+  PerThread<Accumulator> acc;
+  multiply_chunks<T, false>(
+      shared.stages, slice.begin, slice.end, acc,
+      [&](Stage& stage, int chunk) {
+        load_tile<T, CHUNK_BYTES>(stage.a, x.images, row, chunk * CHUNK<T>);
+        load_tile<T, CHUNK_BYTES>(stage.b, x.captions, col, chunk * CHUNK<T>);
+      },
+      [](Stage&, int) {});
+  for_each_thread([&](int thread) {
+#pragma unroll
+    for (int r = 0; r < PER_THREAD; ++r) {
+      const Coordinate at = coordinate<T>(thread, r);
+      shared.scores.partial[at.row][at.col] = acc[thread].at[r];
+    }
+  });
+}
+
+// The sum of the cluster's slices, for this block's strip, in the order of their ranks.
+template <typename T>
+SIMT void sum_strip(const Block<Shared>& block, const Problem<T>& x, int tile) {
+  const Strip strip = strip_of(block, x, tile);
+  PerThread<bool> not_finite;
+  for_each_thread([&](int thread) {
+    not_finite[thread] = false;
+    for (int e = thread; e < strip.height * TILE; e += THREADS) {
+      const int r = e / TILE, c = e % TILE;
+      float sum = 0;
+      for (int rank = 0; rank < block.cluster_size; ++rank)
+        sum += block.peer(rank)->scores.partial[block.cluster_rank * strip.height + r][c];
+      block.shared->scores.strip[r][c] = sum;
+      const int i = strip.row + r, j = strip.col + c;
+      if (i >= x.images.count || j >= x.captions.count) continue;
+      x.scores[i * x.captions.count + j] = sum;
+      // An entry that is not finite makes its whole row or column of S so: 0 * inf is NaN.
+      if (!(fabsf(sum) <= std::numeric_limits<float>::max())) not_finite[thread] = true;
+    }
+  });
+  const bool any = any_thread(not_finite);
+  for_each_thread([&](int thread) {
+    if (thread == 0) x.not_finite[tile * x.plan.cluster + block.cluster_rank] = any;
+  });
+}
+
+// For HINGE_SUM, whose thresholds are known only when all of S is: back into shared memory.
+template <typename T>
+SIMT void recall_strip(const Block<Shared>& block, const Problem<T>& x, int tile) {
+  const Strip strip = strip_of(block, x, tile);
+  block_sync();
+  for_each_thread([&](int thread) {
+    for (int e = thread; e < strip.height * TILE; e += THREADS) {
+      const int i = strip.row + e / TILE, j = strip.col + e % TILE;
+      if (i < x.images.count && j < x.captions.count)
+        block.shared->scores.strip[e / TILE][e % TILE] = x.score(i, j);
+    }
+  });
+  block_sync();
+}
+
+// The strip's part of the statistics of its rows and columns. A thread takes at most SEGMENT scores of one.
+template <typename T>
+SIMT void strip_statistics(const Block<Shared>& block, const Problem<T>& x, int tile) {
+  Shared& shared = *block.shared;
+  const Strip strip = strip_of(block, x, tile);
+  const int height = min(strip.height, x.images.count - strip.row);
+  const int width = min(TILE, x.captions.count - strip.col);
+  const int col_segments = ceil_div(strip.height, SEGMENT), row_segments = TILE / SEGMENT;
+  const float alpha = x.alpha();
+  block_sync();
+  for_each_thread([&](int thread) {
+    if (thread < height) shared.row_ids[thread] = x.id(0, strip.row + thread);
+    if (thread < width) shared.col_ids[thread] = x.id(1, strip.col + thread);
+  });
+  block_sync();
+  const auto negative = [&](int r, int c) { return shared.row_ids[r] != shared.col_ids[c]; };
+  const auto threshold = [&](int anchor) {
+    return x.kind == HINGE_SUM && anchor < x.k ? x.score(anchor, anchor) - x.margin : 0;
+  };
+  for_each_thread([&](int thread) {
+    for (int unit = thread; unit < TILE * col_segments + strip.height * row_segments; unit += THREADS) {
+      if (unit < TILE * col_segments) {
+        const int c = unit % TILE, begin = unit / TILE * SEGMENT;
+        const int end = c < width ? min(begin + SEGMENT, height) : begin;
+        shared.segments[unit] = statistic_of(
+            x.kind, begin, end, strip.row, alpha, threshold(strip.col + c),
+            [&](int r) { return shared.scores.strip[r][c]; }, [&](int r) { return negative(r, c); });
+      } else {
+        const int row_unit = unit - TILE * col_segments;
+        const int r = row_unit % strip.height, begin = row_unit / strip.height * SEGMENT;
+        const int end = r < height ? min(begin + SEGMENT, width) : begin;
+        shared.segments[unit] = statistic_of(
+            x.kind, begin, end, strip.col, alpha, threshold(strip.row + r),
+            [&](int c) { return shared.scores.strip[r][c]; }, [&](int c) { return negative(r, c); });
+      }
+    }
+  });
+  block_sync();
+  for_each_thread([&](int thread) {
+    const bool is_column = thread < TILE;
+    const int line = is_column ? thread : thread - TILE;
+    if (line >= (is_column ? width : height)) return;
+    const int first = is_column ? line : TILE * col_segments + line;
+    const int segments = is_column ? col_segments : row_segments, step = is_column ? TILE : strip.height;
+    const Statistic sum =
+        merged(x.kind, alpha, segments, [&](int s) { return shared.segments[first + s * step]; });
+    if (is_column)
+      x.of_columns[strip.index * x.captions.count + strip.col + line] = sum;
+    else
+      x.of_rows[tile / x.plan.row_tiles * x.images.count + strip.row + line] = sum;
+  });
+}
+
+// Whether the loss is to be NaN; a barrier.
+template <typename T>
+SIMT bool is_poisoned(const Problem<T>& x) {
+  PerThread<bool> bad;
+  for_each_thread([&](int thread) {
+    const float alpha = x.alpha();
+    bad[thread] = !(alpha > 0 && alpha <= std::numeric_limits<float>::max());
+    for (int i = thread; i < x.plan.tiles() * x.plan.cluster; i += THREADS)
+      if (x.not_finite[i]) bad[thread] = true;
+  });
+  return any_thread(bad);
+}
+
+// What follows from the statistics for every anchor, into shared memory; the block with `report` also writes
+// the loss and the statistics.
+template <typename T>
+SIMT void merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool poisoned, bool report) {
+  Shared& shared = *block.shared;
+  const int n = x.images.count, m = x.captions.count;
+  const float alpha = x.alpha();
+  for_each_thread([&](int thread) {
+    float loss = 0, d_alpha = 0;
+    for (int a = thread; a < n + m; a += THREADS) {
+      const int side = a >= n, i = side ? a - n : a;
+      Anchor anchor = no_anchor();
+      if (i < x.k) {
+        const Statistic* parts = side ? x.of_columns : x.of_rows;
+        const int count = side ? x.plan.strips() : x.plan.col_tiles, step = side ? m : n;
+        const Statistic sum = merged(x.kind, alpha, count, [&](int part) { return parts[part * step + i]; });
+        const float positive = x.score(i, i);
+        anchor = anchor_of(x.kind, sum, positive, alpha, x.margin, x.weight_of(side));
+        if (report) {
+          if (side == 0) x.positive[i] = poisoned ? NOT_A_NUMBER : positive;
+          x.hardest[side * x.k + i] = poisoned ? NOT_A_NUMBER : sum.max;
+          x.index[side * x.k + i] = poisoned ? -1 : sum.index;
+        }
+      }
+      shared.reference[side][i] = anchor.reference;
+      shared.weight[side][i] = anchor.weight * x.GAIN;
+      shared.pull[side][i] = anchor.pull;
+      loss += anchor.loss;
+      d_alpha += anchor.d_alpha;
+    }
+    shared.loss[thread] = loss;
+    shared.d_alpha[thread] = d_alpha;
+  });
+  block_sync();
+  if (!report) return;
+  for (int width = THREADS / 2; width > 0; width /= 2) {
+    for_each_thread([&](int thread) {
+      if (thread >= width) return;
+      shared.loss[thread] += shared.loss[thread + width];
+      shared.d_alpha[thread] += shared.d_alpha[thread + width];
+    });
+    block_sync();
+  }
+  for_each_thread([&](int thread) {
+    if (thread > 0) return;
+    *x.loss = poisoned ? NOT_A_NUMBER : shared.loss[0] * x.reduction;
+    *x.d_scale = poisoned ? NOT_A_NUMBER : shared.d_alpha[0] * x.reduction * x.scale;
+  });
+}
+
+// G of 64 rows of one side by a chunk of rows of the other, into stage.a; for captions it is transposed.
+template <typename T>
+SIMT void fill_gradient_of_scores(const Block<Shared>& block, const Problem<T>& x, const Job& job, int first,
+                                  Stage& stage) {
+  const Shared& shared = *block.shared;
+  const float alpha = x.alpha();
+  // Neighbouring threads take neighbouring columns of S.
+  const auto row_of = [&](int e) { return job.of_images ? e / CHUNK<T> : e % TILE; };
+  const auto place_of = [&](int e) {
+    const int own = job.row + row_of(e), other = first + (job.of_images ? e % CHUNK<T> : e / TILE);
+    return job.of_images ? Coordinate{own, other} : Coordinate{other, own};
+  };
+  for_each_thread([&](int thread) {
+    constexpr int COUNT = TILE * CHUNK<T> / THREADS;
+    float s[COUNT];  // all loads before the first use
+#pragma unroll
+    for (int q = 0; q < COUNT; ++q) {
+      const Coordinate at = place_of(thread + q * THREADS);
+      const bool inside = at.row < x.images.count && at.col < x.captions.count;
+      s[q] = x.score(inside ? at.row : 0, inside ? at.col : 0);
+    }
+#pragma unroll
+    for (int q = 0; q < COUNT; ++q) {
+      const int e = thread + q * THREADS;
+      const auto [i, j] = place_of(e);
+      float g = 0;
+      if (i < x.images.count && j < x.captions.count && x.id(0, i) != x.id(1, j))
+        g = gradient_of(x.kind, alpha, s[q], j, shared.reference[0][i], shared.weight[0][i]) +
+            gradient_of(x.kind, alpha, s[q], i, shared.reference[1][j], shared.weight[1][j]);
+      at<T, CHUNK_BYTES>(stage.a, row_of(e), job.of_images ? e % CHUNK<T> : e / TILE) = T(g);
+    }
+  });
+}
+
+// One 64 x 64 tile of d_images = G T or d_captions = G^t I, with the positives' part in float32.
+template <typename T>
+SIMT void multiply_gradient(const Block<Shared>& block, const Problem<T>& x, int number, bool poisoned) {
+  const Job job = job_of(x.plan, number);
+  const Rows<T>& others = job.of_images ? x.captions : x.images;
+  const int rows = job.of_images ? x.images.count : x.captions.count;
+  PerThread<Accumulator> acc;
+  multiply_chunks<T, true>(
+      block.shared->stages, 0, ceil_div(others.count, CHUNK<T>), acc,
+      [&](Stage& stage, int chunk) {
+        load_tile<T, TILE* int(sizeof(T))>(stage.b, others, chunk * CHUNK<T>, job.first);
+      },
+      [&](Stage& stage, int chunk) { fill_gradient_of_scores(block, x, job, chunk * CHUNK<T>, stage); });
+  const float factor = x.kind == HINGE_SUM ? x.reduction : x.reduction * x.alpha();
+  for_each_thread([&](int thread) {
+#pragma unroll
+    for (int r = 0; r < PER_THREAD; ++r) {
+      const Coordinate at = coordinate<T>(thread, r);
+      const int i = job.row + at.row, d = job.first + at.col;
+      if (i >= rows || d >= others.dim) continue;
+      float sum = acc[thread].at[r] / x.GAIN;
+      if (i < x.k)
+        sum -= (block.shared->pull[0][i] + block.shared->pull[1][i]) *
+               float(others.data[int64_t(i) * others.dim + d]);
+      (job.of_images ? x.d_images : x.d_captions)[int64_t(i) * others.dim + d] =
+          T(poisoned ? NOT_A_NUMBER : sum * factor);
+    }
+  });
+}
+
+}  // namespace fused_vse::small

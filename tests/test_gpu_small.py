@@ -1,0 +1,307 @@
+"""The small-batch loss of the cuda backend on a GPU: what the emulation cannot show."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+
+import fused_vse
+from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse.backends.cuda import SMALL_ROWS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not fused_vse.backends()["cuda"].startswith("available"),
+        reason=f"cuda: {fused_vse.backends()['cuda']}",
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMALL = [case for case in CASES if max(case.rows, case.columns) <= SMALL_ROWS]
+CLASSIC = Case("the classic setting", 128, 128, 128, 1024)
+LARGEST = Case("the largest, ragged", 509, 512, 500, 1000, "groups of five")
+SIZES = [*SMALL, CLASSIC, Case("256", 256, 256, 256, 512), LARGEST]
+LOSSES = {
+    "all_negatives": (all_negatives_loss, {}),
+    "all_negatives_cold": (all_negatives_loss, {"temperature": 0.01}),
+    "hardest": (hardest_negative_loss, {}),
+    "hardest_smooth": (hardest_negative_loss, {"smooth": True}),
+    "hinge_sum": (hinge_loss, {"reduction": "mean"}),
+    "hinge_max": (hinge_loss, {"hardest": True, "reduction": "mean"}),
+}
+
+
+@pytest.fixture(params=LOSSES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """As in conftest.py, but what PyTorch cannot do deterministically (its own backward) only warns."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(case, dtype=torch.bfloat16, seed=0):
+    return [x.cuda() for x in embeddings(case, dtype, seed)]
+
+
+def differentiated(name, pair, case, backend="cuda", **more):
+    loss, options = LOSSES[name]
+    pair = [x.detach().requires_grad_() for x in pair]
+    ids = [None if x is None else x.to(pair[0].device) for x in ids_of(case)]
+    keywords = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
+    value = loss(*pair, backend=backend, **keywords, **options, **more)
+    value.backward()
+    return [value.detach(), *(x.grad for x in pair)]
+
+
+def eager(name, pair, case):
+    """The loss in plain PyTorch at the embeddings' own dtype: the error that is allowed."""
+    images, captions = [x.detach().requires_grad_() for x in pair]
+    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    if ids[0] is None:
+        ids = [torch.arange(len(x), device="cuda") for x in (images, captions)]
+    scores = images @ captions.T
+    masked = scores.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
+    k, total = case.pairs, 0
+    p = scores.diagonal()[:k]
+    for s in (masked[:k], masked[:, :k].T):
+        if name.startswith("all_negatives"):
+            tau = LOSSES[name][1].get("temperature", 0.1)
+            total = total + (torch.cat([p[:, None], s], 1) / tau).logsumexp(1) - p / tau
+        elif name == "hinge_sum":
+            total = total + (0.2 + s - p[:, None]).relu().sum(1)
+        else:
+            v = 0.2 + s.max(1).values - p
+            smooth = torch.nn.functional.softplus(v / 0.1)
+            total = total + {"hardest": v.relu() / 0.1, "hardest_smooth": smooth}.get(
+                name, v.relu()
+            )
+    value = total.mean()
+    value.backward()
+    return [value.detach(), images.grad, captions.grad]
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_no_less_accurate_than_eager(name, case, dtype):
+    pair = on_gpu(case, dtype)
+    expected = differentiated(name, [x.double() for x in pair], case, "reference")
+    actual, plain = differentiated(name, pair, case), eager(name, pair, case)
+    for got, other, want in zip(actual, plain, expected, strict=True):
+        # A few units in the last place of what is returned count as none.
+        smallest = 4 * torch.finfo(got.dtype).eps
+        assert relative(got, want) <= 1.5 * relative(other, want) + smallest, (
+            relative(got, want),
+            relative(other, want),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*SMALL, LARGEST._replace(dim=24)], ids=str)
+def test_integer_embeddings_are_exact(case, dtype):
+    pair = [x.cuda() for x in integer_embeddings(case, dtype)]
+    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    options = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs, "margin": 1.0}
+    for hardest in (False, True):
+        results = []
+        for backend, side in (("cuda", pair), ("reference", [x.double() for x in pair])):
+            leaves = [x.detach().requires_grad_() for x in side]
+            value, statistics = hinge_loss(
+                *leaves, hardest=hardest, backend=backend, return_statistics=True, **options
+            )
+            value.backward()
+            results.append([value, *statistics, *(x.grad for x in leaves)])
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want.to(got.dtype))
+
+
+@pytest.mark.parametrize("case", [CASES[7], CLASSIC, LARGEST], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_repeatable(name, case, dtype):
+    pair = on_gpu(case, dtype)
+    first = differentiated(name, pair, case)
+    for _ in range(20):
+        torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
+        for a, b in zip(first, differentiated(name, pair, case), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_non_finite_input_surfaces(name, value, dtype):
+    pair = on_gpu(CASES[7], dtype)
+    pair[1][-1, 3] = value
+    for result in differentiated(name, pair, CASES[7]):
+        assert result.isnan().all()
+
+
+def test_strided_and_misaligned_views(name):
+    images, captions = on_gpu(CLASSIC)
+    expected = differentiated(name, (images, captions), CLASSIC)
+    wide = torch.full((128, 2051), torch.nan, dtype=torch.bfloat16, device="cuda")
+    wide[:, 3::2] = images
+    shifted = torch.empty(128 * 1024 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(128, 1024)
+    shifted.copy_(captions)
+    for got, want in zip(
+        differentiated(name, (wide[:, 3::2], shifted), CLASSIC), expected, strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def captured(name, static, case):
+    loss, options = LOSSES[name]
+
+    def step():
+        for x in static:
+            x.grad = None
+        value = loss(*static, num_pairs=case.pairs, backend="cuda", **options)
+        value.backward()
+        return value
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+    return graph, value, step
+
+
+@pytest.mark.parametrize("case", [CASES[2], CLASSIC], ids=str)
+def test_cuda_graph(name, case):
+    static = [x.requires_grad_() for x in on_gpu(case)]
+    graph, value, _ = captured(name, static, case)
+    fresh = on_gpu(case, seed=1)
+    with torch.no_grad():
+        for x, new in zip(static, fresh, strict=True):
+            x.copy_(new)
+    graph.replay()
+    expected = differentiated(name, fresh, case)
+    for got, want in zip([value, static[0].grad, static[1].grad], expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_step_has_two_kernels_of_ours(name):
+    static = [x.requires_grad_() for x in on_gpu(CLASSIC)]
+    _, _, step = captured(name, static, CLASSIC)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("small_loss_kernel" in kernel for kernel in kernels) == 1, kernels
+    assert sum("scale_gradients_kernel" in kernel for kernel in kernels) == 1, kernels
+    # autograd fills the upstream gradient of 1; and deterministic mode may fill what is empty.
+    others = [k for k in kernels if "_kernel" not in k or "fused_vse" not in k]
+    assert all("fill" in k.lower() or "memset" in k.lower() for k in others), kernels
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("name", ["all_negatives", "hinge_max"], indirect=True)
+def test_full_graph_compilation(name, mode):
+    pair = on_gpu(CLASSIC)
+    expected = differentiated(name, pair, CLASSIC)
+    loss, options = LOSSES[name]
+    compiled = torch.compile(
+        lambda *x: loss(*x, backend="cuda", **options), fullgraph=True, mode=mode
+    )
+    for _ in range(3):
+        leaves = [x.detach().requires_grad_() for x in pair]
+        value = compiled(*leaves)
+        value.backward()
+        actual = [x.clone() for x in (value.detach(), *(x.grad for x in leaves))]
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_no_synchronisation(name):
+    pair = on_gpu(CLASSIC)
+    differentiated(name, pair, CLASSIC)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        temperature = torch.full((), 0.1, device="cuda", requires_grad=True)
+        all_negatives_loss(*pair, temperature=temperature, backend="cuda").backward()
+        differentiated(name, pair, CLASSIC)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_at_the_same_time(name):
+    """Cooperative launches wait for each other; blocks of two of them must not wait in a circle."""
+    cases = [CLASSIC, LARGEST, CASES[7], LARGEST._replace(reason="no ids", ids=None)]
+    pairs = [on_gpu(case) for case in cases]
+    expected = [differentiated(name, pair, case) for pair, case in zip(pairs, cases, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(20):
+        results = []
+        for stream, pair, case in zip(streams, pairs, cases, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(differentiated(name, pair, case))
+        torch.cuda.synchronize()
+        for got, want in zip(results, expected, strict=True):
+            for a, b in zip(got, want, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_a_device_that_is_not_the_current_one(name):
+    pair = on_gpu(CASES[7])
+    expected = differentiated(name, pair, CASES[7])
+    elsewhere = differentiated(name, [x.to("cuda:1") for x in pair], CASES[7])
+    for got, want in zip(elsewhere, expected, strict=True):
+        assert got.device.index == 1 and torch.equal(got.cpu(), want.cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize(dtype):
+    pair = [3 * x for x in on_gpu(CASES[7], dtype)]
+    actual = differentiated("all_negatives", pair, CASES[7], normalize=True)
+    wide = [x.double() for x in pair]
+    expected = differentiated("all_negatives", wide, CASES[7], "reference", normalize=True)
+    for got, want in zip(actual, expected, strict=True):
+        assert relative(got, want) < 8 * torch.finfo(dtype).eps
+
+
+EVERY_KERNEL = """
+import torch
+from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for n, d in ((70, 72), (130, 35)):  # more than a tile; aligned and not
+        x = torch.randn(n, d, device="cuda", dtype=dtype).requires_grad_()
+        y = torch.randn(n, d, device="cuda", dtype=dtype).requires_grad_()
+        for loss in (all_negatives_loss, hardest_negative_loss, hinge_loss):
+            loss(x, y, backend="cuda", normalize=True).backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    filters = ["--kernel-name", "regex:.*(small_loss|scale_gradients|l2_normalize).*"]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *filters]
+    environment = os.environ | {"PYTHONPATH": str(Path(fused_vse.__file__).parent.parent)}
+    done = subprocess.run(
+        [*command, sys.executable, "-c", EVERY_KERNEL],
+        env=environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
