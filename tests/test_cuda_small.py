@@ -1,6 +1,7 @@
 """The small-batch loss of csrc/cuda without a GPU: its schedule, its index arithmetic, and the kernel's own
 source on the CPU (cuda_emulation.cpp) against the formulas and under the public functions."""
 
+import ctypes
 import itertools
 import re
 
@@ -192,9 +193,9 @@ def test_temperature_and_one_sided_gradients(name, normalize, on_cpu):
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
-@pytest.mark.parametrize("resident", [8, 16, 132])
+@pytest.mark.parametrize("resident", [8, 132])
 @pytest.mark.parametrize("kind", cuda_emulation.KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_any_cluster_and_any_grid(dtype, kind, resident, cluster, library):
     """More tiles than blocks, slices without a chunk, threads and blocks in another order: same bits."""
     case = SEVERAL_TILES
@@ -254,14 +255,20 @@ def test_tiny_float16_gradients_do_not_underflow(library):
     )
 
 
-def test_every_score_is_computed_once(library):
-    """preferred_cluster: a power of two, at most 16 strips, and a chunk of D for each of its blocks."""
+def test_the_preferred_cluster(library):
+    """A power of two, at most 16 strips, and a chunk of D for each of its blocks."""
     for n, d, size in itertools.product(range(1, 513, 7), (1, 64, 65, 256, 1024, 1025), (2, 4)):
         cluster = library.preferred_cluster_of(n, d, size)
         assert cluster in (1, 2, 4, 8)
         assert cluster * -(-n // 64) <= 16
         assert cluster == 1 or cluster * 128 <= d * size
     assert library.preferred_cluster_of(128, 1024, 2) == 8
+
+
+def test_index_arithmetic_against_brute_force(library):
+    """Every element, byte, chunk and tile belongs to one thread, place, block and job."""
+    library.index_arithmetic_error.restype = ctypes.c_char_p
+    assert library.index_arithmetic_error() is None
 
 
 def test_limits_agree_with_the_kernel():
