@@ -63,10 +63,9 @@ def operators(library):
             scale_tensor, (need_images, need_captions),
         )  # fmt: skip
         loss, d_images, d_captions, *rest = result
-        empty = images.new_empty(0)
-        return (
-            loss, d_images if need_images else empty, d_captions if need_captions else empty, *rest
-        )  # fmt: skip
+        d_images = d_images if need_images else images.new_empty(0)
+        d_captions = d_captions if need_captions else captions.new_empty(0)
+        return loss, d_images, d_captions, *rest
 
     def scale_gradients(upstream, *gradients):
         return tuple((upstream * x).to(x.dtype) for x in gradients)
@@ -327,6 +326,20 @@ def test_scores_and_statistics_are_not_taken(on_cpu):
         hinge_loss(scores=torch.ones(2, 2), backend="cuda")
     with pytest.raises(RuntimeError, match="no statistics of the dot product"):
         hardest_negatives(torch.ones(2, 2), torch.ones(2, 2), backend="cuda")
+
+
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fakes_describe_the_results(dtype, need, operators):
+    images, captions = embeddings(CASES[7], dtype)
+    batch = images, captions, None, None, 33
+    options = 0, 1.0, torch.tensor(10.0), 0.0, 1.0, 1.0, True, *need
+    checks = "test_schema", "test_faketensor"
+    op = torch.ops.fused_vse_cuda.small_loss.default
+    torch.library.opcheck(op, (*batch, *options), test_utils=checks)
+    gradients = op(*batch, *options)[1:4]
+    scale = torch.ops.fused_vse_cuda.scale_gradients.default
+    torch.library.opcheck(scale, (torch.tensor(2.0), *gradients), test_utils=checks)
 
 
 def test_full_graph_compilation(on_cpu):
