@@ -1,8 +1,9 @@
 """The Triton backend for CUDA tensors of NVIDIA GPUs from Ampere (sm_80) on.
 
     tiles.py      the walk over tiles of S         hardest.py, logsumexp.py, hinge.py   one statistic each
-    rows.py       kernels over embeddings' rows    configs.py   tile shapes, each with its reason
-    walk.py       launches, workspace, operands    forward.py, backward.py, ops.py      the ops
+    order.py      the order similarity             configs.py   tile shapes, each with its reason
+    rows.py       kernels over embeddings' rows    certified.py  float32 maxima from a bfloat16 product
+    walk.py       launches, workspace, operands    forward.py, gradients.py, backward.py, ops.py  the ops
 
 With TRITON_INTERPRET=1 in the environment when this is imported, the same code takes CPU tensors and
 runs in Triton's interpreter: slow, for tests only.
@@ -24,11 +25,13 @@ if triton is not None:
     from .walk import set_workspace_bytes, workspace_bytes
 
     DEVICE = "cpu" if INTERPRETED.value else "cuda"
-    _library = register(DEVICE.upper())
+    _libraries = register(DEVICE.upper())
 else:
     DEVICE = "cuda"
 
-__all__ = ["DEVICE", "UNAVAILABLE", "set_workspace_bytes", "workspace_bytes"]
+FAMILIES = ("dot", "order", "scores")
+
+__all__ = ["DEVICE", "FAMILIES", "UNAVAILABLE", "set_workspace_bytes", "workspace_bytes"]
 
 
 def __getattr__(name: str):
