@@ -54,7 +54,10 @@ def _unavailable() -> str | None:
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if all(device.major < 8 for device in devices):
         found = ", ".join(f"{d.name} with {d.major}.{d.minor}" for d in devices)
-        return f"it needs a GPU of compute capability 8.0 or higher, found {found}"
+        return (
+            f"it needs a GPU of compute capability 8.0 or higher, found {found};"
+            " use backend='reference'"
+        )
     return _compile_failure(next(i for i, device in enumerate(devices) if device.major >= 8))
 
 
