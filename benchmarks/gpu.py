@@ -6,7 +6,8 @@
 
 First the GPU tests; if any fails, nothing is measured and the exit code is 1. Then every loss forward,
 forward + backward and its peak memory, against eager PyTorch, torch.compile, cuBLAS's bare GEMM and the
-GEMM plus one pass over the stored scores. Times are medians over inputs that rotate through more memory
+GEMM plus one pass over the stored scores; the order similarity and the losses on given scores against
+eager PyTorch and torch.compile. Times are medians over inputs that rotate through more memory
 than the L2 cache holds. The most telling sizes come first; what no longer fits into the time or the
 memory is listed as skipped.
 """
@@ -25,7 +26,7 @@ from . import gpu_measure as measure
 from . import gpu_report as report
 
 RESULTS = Path(__file__).parent / "results"
-TESTS = Path(__file__).parent.parent / "tests" / "test_gpu.py"
+TESTS = sorted((Path(__file__).parent.parent / "tests").glob("test_gpu*.py"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def tests_pass() -> bool:
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-m", "gpu", str(TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-m", "gpu", *map(str, TESTS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(run.stdout[-3000:])
     # All skipped is no pass.
@@ -93,7 +94,7 @@ def why_not(case, contender, deadline: float) -> str | None:
         return "out of time"
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        needed = contender.entry_bytes * case.size**2
+        needed = (contender.entry_bytes + contenders.input_bytes(case)) * case.size**2
         if needed > 0.9 * free:
             return f"needs {needed / 2**30:.0f} GiB of {free / 2**30:.0f}"
     return None

@@ -33,18 +33,19 @@ def order_tile(
 ):  # fmt: skip
     """The pointers are to I^t [D, > N] and T^t [D, > M] as walk.order_operand makes them."""
     ACC: tl.constexpr = images_ptr.dtype.element_ty
-    image_ptrs = images_ptr + row + tl.arange(0, BLOCK_M)
-    caption_ptrs = captions_ptr + column + tl.arange(0, BLOCK_N)
+    # Scalars that move on, so that a thread's elements are at fixed distances from one address.
+    images_ptr += row
+    captions_ptr += column
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for _ in tl.range(0, D, BLOCK_K):
         part = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for _ in tl.range(0, BLOCK_K, loop_unroll_factor=UNROLL):
-            image = tl.load(image_ptrs)
-            caption = tl.load(caption_ptrs)
+            image = tl.load(images_ptr + tl.arange(0, BLOCK_M))
+            caption = tl.load(captions_ptr + tl.arange(0, BLOCK_N))
             excess = tl.maximum(caption[None, :] - image[:, None], 0.0)
             part += excess * excess
-            image_ptrs += stride_images
-            caption_ptrs += stride_captions
+            images_ptr += stride_images
+            captions_ptr += stride_captions
         acc += part
     return order_score(acc)
 
@@ -124,7 +125,6 @@ def order_sums_kernel(
     own = tl.load(own_ptr + rows[:, None] * stride_own + offs_d[None, :], mask=mask, other=0.0)
     own = own.to(ACC)
     weight_ptrs = weights_ptr + rows * stride_weights_own
-    other_ptrs = others_ptr + offs_d
     total_ptrs = total_ptr + rows[:, None] * D + offs_d[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     if CARRY:
@@ -134,9 +134,9 @@ def order_sums_kernel(
         for step in tl.range(0, BLOCK_J, loop_unroll_factor=UNROLL):
             there = tl.where(first + step < num_others, 1, 0)
             weight = tl.load(weight_ptrs, mask=offs_r < there * num_own, other=0.0)
-            other = tl.load(other_ptrs, mask=offs_d < there * D, other=0.0)
+            other = tl.load(others_ptr + offs_d, mask=offs_d < there * D, other=0.0)
             part += weight[:, None] * pull(other.to(ACC)[None, :], own, SIDE)
             weight_ptrs += stride_weights_others
-            other_ptrs += stride_others
+            others_ptr += stride_others
         acc += part
     tl.store(total_ptrs, acc.to(total_ptr.dtype.element_ty), mask=mask)
