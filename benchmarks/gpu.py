@@ -7,7 +7,8 @@
 First the GPU tests; if any fails, nothing is measured and the exit code is 1. Then every loss forward,
 forward + backward and its peak memory, against eager PyTorch, torch.compile, cuBLAS's bare GEMM and the
 GEMM plus one pass over the stored scores; "fused" is Triton, and "fused (cuda)" the cuda backend where it
-takes the size and is there. Times are medians over inputs that rotate through more memory
+takes the size and is there. The order similarity and the losses on given scores are measured against
+eager PyTorch and torch.compile. Times are medians over inputs that rotate through more memory
 than the L2 cache holds. The most telling sizes come first; what no longer fits into the time or the
 memory is listed as skipped.
 """
@@ -94,7 +95,7 @@ def why_not(case, contender, deadline: float) -> str | None:
         return "out of time"
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        needed = contender.entry_bytes * case.size**2
+        needed = (contender.entry_bytes + contenders.input_bytes(case)) * case.size**2
         if needed > 0.9 * free:
             return f"needs {needed / 2**30:.0f} GiB of {free / 2**30:.0f}"
     return None

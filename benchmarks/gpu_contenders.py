@@ -12,15 +12,17 @@ from fused_vse.backends.cuda import SMALL_ROWS
 
 
 class Case(NamedTuple):
-    loss: str
+    loss: str  # with ", order" or ", scores" after it, where it is not of dot products
     size: int  # N = M = K
-    dim: int
+    dim: int  # 0 for given scores
     dtype: str
 
 
 class Contender(NamedTuple):
     name: str
-    function: Callable  # (images, captions) -> scalar loss, or a tensor without gradient
+    function: (
+        Callable  # (images, captions) or (scores) -> scalar loss, or a tensor without gradient
+    )
     differentiable: bool
     entry_bytes: (
         float  # memory for each of the N^2 entries of S, roughly: to leave out what cannot fit
@@ -63,35 +65,56 @@ CASES = [
     Case("hinge_sum", 8192, 512, "bfloat16"),
     Case("hardest", 512, 256, "float32"),
     Case("all_negatives", 512, 256, "float32"),
+    Case("hardest, scores", 8192, 0, "bfloat16"),
+    Case("all_negatives, scores", 8192, 0, "bfloat16"),
+    Case("hinge_sum, scores", 128, 0, "float32"),
+    Case("hardest, order", 128, 1024, "float32"),
+    Case("hinge_sum, order", 128, 1024, "float32"),
+    Case("hinge_sum, order", 1024, 1024, "float32"),
+    Case("hardest, order", 8192, 1024, "bfloat16"),
 ]
-TINY_CASES = [Case(loss, 8, 4, "float32") for loss in ("hardest", "all_negatives", "hinge_sum")]
+TINY_CASES = [
+    Case(loss + family, 8, 0 if family == ", scores" else 4, "float32")
+    for family in ("", ", order", ", scores")
+    for loss in ("hardest", "all_negatives", "hinge_sum")
+]
 # Where the launches, not the GPU, take the time.
 SMALL = 1024
 
 
-def scores_of(images, captions):
-    scores = images @ captions.T
-    eye = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    return scores, eye
+def dot_scores(images, captions):
+    return images @ captions.T
 
 
-def eager_hardest(images, captions):
-    scores, eye = scores_of(images, captions)
-    negative = scores.masked_fill(eye, -torch.inf)
+def order_scores(images, captions):
+    """As the trainers have it, by the tensor of all differences; the constant keeps the root off 0."""
+    excess = (captions[None] - images[:, None]).clamp(min=0)
+    return -(excess.square().sum(2) + 1e-12).sqrt()
+
+
+def given_scores(scores):
+    return scores
+
+
+def eye_like(scores):
+    return torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+
+
+def eager_hardest(scores):
+    negative = scores.masked_fill(eye_like(scores), -torch.inf)
     positive = scores.diagonal()
     hinges = [(0.2 + negative.max(d).values - positive).relu() for d in (1, 0)]
     return (hinges[0] + hinges[1]).mean() / 0.1
 
 
-def eager_all_negatives(images, captions):
-    logits = images @ captions.T / 0.1
+def eager_all_negatives(scores):
+    logits = scores / 0.1
     labels = torch.arange(len(logits), device=logits.device)
     return cross_entropy(logits, labels) + cross_entropy(logits.T, labels)
 
 
-def eager_hinge_sum(images, captions):
-    scores, eye = scores_of(images, captions)
-    positive = scores.diagonal()
+def eager_hinge_sum(scores):
+    positive, eye = scores.diagonal(), eye_like(scores)
     rows = (0.2 + scores - positive[:, None]).relu().masked_fill(eye, 0).sum()
     columns = (0.2 + scores - positive[None, :]).relu().masked_fill(eye, 0).sum()
     return rows + columns
@@ -107,6 +130,36 @@ FUSED = {
     "all_negatives": all_negatives_loss,
     "hinge_sum": hinge_loss,
 }
+
+
+# How eager PyTorch gets S.
+SCORES = {"dot": dot_scores, "order": order_scores, "scores": given_scores}
+
+
+def family_of(case: Case) -> str:
+    """One of the keys of SCORES."""
+    return case.loss.partition(", ")[2] or "dot"
+
+
+def input_bytes(case: Case) -> int:
+    """For each entry of S: the score and its gradient."""
+    return 2 * width_of(case) if family_of(case) == "scores" else 0
+
+
+def width_of(case: Case) -> int:
+    return getattr(torch, case.dtype).itemsize
+
+
+def eager_loss(case: Case) -> Callable:
+    loss, scores = EAGER[case.loss.partition(", ")[0]], SCORES[family_of(case)]
+    return lambda *inputs: loss(scores(*inputs))
+
+
+def fused_loss(case: Case, backend: str) -> Callable:
+    loss, family = FUSED[case.loss.partition(", ")[0]], family_of(case)
+    if family == "scores":
+        return lambda scores: loss(scores=scores, backend=backend)
+    return lambda images, captions: loss(images, captions, similarity=family, backend=backend)
 
 
 def fused_backend() -> str:
@@ -128,19 +181,18 @@ def gemm_and_one_pass(images, captions):
 
 
 def contenders_of(case: Case) -> Iterator[Contender]:
-    backend, width = fused_backend(), 2 if case.dtype == "bfloat16" else 4
-
-    def fused(images, captions):
-        return FUSED[case.loss](images, captions, backend=backend)
-
-    eager = EAGER[case.loss]
-    yield Contender("bare GEMM", bare_gemm, False, width)
-    yield Contender("GEMM + one pass", gemm_and_one_pass, False, width)
+    width, family = width_of(case), family_of(case)
+    fused, eager = fused_loss(case, fused_backend()), eager_loss(case)
+    # Eager PyTorch and its gradients hold several copies of S, and of all differences.
+    eager_bytes = 6 * width + (4 * width * case.dim if family == "order" else 0)
+    if family == "dot":
+        yield Contender("bare GEMM", bare_gemm, False, width)
+        yield Contender("GEMM + one pass", gemm_and_one_pass, False, width)
     yield Contender("fused", fused, True, 0)
-    yield Contender("eager", eager, True, 6 * width)
+    yield Contender("eager", eager, True, eager_bytes)
     compiled = torch.compile(eager) if torch.cuda.is_available() else eager
-    yield Contender("torch.compile", compiled, True, 4 * width, always_fresh=True)
-    if case.size <= SMALL:
+    yield Contender("torch.compile", compiled, True, eager_bytes - 2 * width, always_fresh=True)
+    if case.size <= SMALL and family == "dot":
         yield Contender("fused, graph", fused, True, 0, "graph")
         yield Contender("torch.compile, graph", compiled, True, 0, "graph", always_fresh=True)
         both = torch.compile(fused, fullgraph=True) if torch.cuda.is_available() else fused

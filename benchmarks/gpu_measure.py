@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from .gpu_contenders import Case, Contender
+from .gpu_contenders import Case, Contender, family_of
 
 SECONDS = 0.4  # for one measurement
 WARM_UP, LEAST, MOST = 3, 10, 200
@@ -95,19 +95,21 @@ class GpuMeter:
 
 
 def inputs(case: Case, meter) -> list[list[torch.Tensor]]:
-    """Enough pairs of normalised random embeddings that none stays in the cache until its turn."""
+    """Enough inputs, of normalised random embeddings, that none stays in the cache until its turn."""
     dtype = getattr(torch, case.dtype)
-    pair_bytes = 2 * case.size * case.dim * dtype.itemsize
-    sets = min(max(math.ceil(2 * meter.cache_bytes / pair_bytes), 1), 64)
+    is_scores = family_of(case) == "scores"
+    shapes = [(case.size, case.size)] if is_scores else [(case.size, case.dim)] * 2
+    set_bytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    sets = min(max(math.ceil(2 * meter.cache_bytes / set_bytes), 1), 64)
     generator = torch.Generator(meter.device).manual_seed(0)
     result = []
     for _ in range(sets):
-        pair = []
-        for _ in range(2):
-            rows = torch.randn(case.size, case.dim, device=meter.device, generator=generator)
-            rows = torch.nn.functional.normalize(rows).to(dtype)
-            pair.append(rows.requires_grad_())
-        result.append(pair)
+        tensors = []
+        for shape in shapes:
+            x = torch.randn(shape, device=meter.device, generator=generator)
+            x = x.clamp(-1, 1) if is_scores else torch.nn.functional.normalize(x)
+            tensors.append(x.to(dtype).requires_grad_())
+        result.append(tensors)
     return result
 
 

@@ -71,8 +71,6 @@ def small_loss(
 
 
 class _SmallLoss(torch.autograd.Function):
-    # Without setup_context, for which torch inspects the signature in every call: launches are all that a
-    # small batch costs, and that alone takes longer than one.
     @staticmethod
     def forward(ctx, *arguments):
         loss, *rest = torch.ops.fused_vse_cuda.small_loss.default(*arguments)

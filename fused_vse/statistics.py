@@ -202,12 +202,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     """Identity on gradients that refuses to be differentiated: the ops' backward is not differentiable."""
 
     @staticmethod
-    def forward(*gradients):
+    def forward(ctx, *gradients):
         return tuple(gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
     @staticmethod
     def backward(ctx, *_):
@@ -226,17 +222,18 @@ def first_order_only(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if g is None else next(guarded) for g in gradients)
 
 
+# The functions have no setup_context, for which torch inspects the signature in every call: some 40 µs,
+# as long as the rest of what a small batch costs in Python.
 class _HardestNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(images, captions, image_ids, caption_ids, num_pairs, backend):
-        return _ops(backend).hardest_negatives(images, captions, image_ids, caption_ids, num_pairs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        images, captions, *_, ctx.backend = inputs
-        positive, _, index = output
+    def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, backend):
+        ctx.backend = backend
+        positive, score, index = _ops(backend).hardest_negatives(
+            images, captions, image_ids, caption_ids, num_pairs
+        )
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(positive, index, images, captions)
+        return positive, score, index
 
     @staticmethod
     def backward(ctx, d_positive, d_score, _):
@@ -250,31 +247,16 @@ class _HardestNegatives(torch.autograd.Function):
 
 class _NegativeLogsumexp(torch.autograd.Function):
     @staticmethod
-    def forward(
-        images,
-        captions,
-        image_ids,
-        caption_ids,
-        num_pairs,
-        scale,
-        scale_tensor,
-        save_scores,
-        backend,
-    ):
-        return _ops(backend).negative_logsumexp(
-            images, captions, image_ids, caption_ids, num_pairs, scale, scale_tensor, save_scores
+    def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, *options):
+        ctx.scale, scale_tensor, save_scores, ctx.backend = options
+        positive, logsumexp, scores = _ops(ctx.backend).negative_logsumexp(
+            images, captions, image_ids, caption_ids, num_pairs, *options[:3]
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        images, captions, image_ids, caption_ids, _, ctx.scale, scale_tensor, _, ctx.backend = (
-            inputs
-        )
-        _, logsumexp, scores = output
         ctx.mark_non_differentiable(scores)
         ctx.save_for_backward(
             logsumexp, scores, images, captions, image_ids, caption_ids, scale_tensor
         )
+        return positive, logsumexp, scores
 
     @staticmethod
     def backward(ctx, d_positive, d_logsumexp, _):
@@ -293,17 +275,16 @@ class _NegativeLogsumexp(torch.autograd.Function):
 
 class _HingeSum(torch.autograd.Function):
     @staticmethod
-    def forward(images, captions, image_ids, caption_ids, num_pairs, margin, save_scores, backend):
-        return _ops(backend).hinge_sum(
+    def forward(
+        ctx, images, captions, image_ids, caption_ids, num_pairs, margin, save_scores, backend
+    ):
+        ctx.margin, ctx.backend = margin, backend
+        positive, total, active, scores = _ops(backend).hinge_sum(
             images, captions, image_ids, caption_ids, num_pairs, margin, save_scores
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        images, captions, image_ids, caption_ids, _, ctx.margin, _, ctx.backend = inputs
-        positive, _, active, scores = output
         ctx.mark_non_differentiable(active, scores)
         ctx.save_for_backward(positive, active, scores, images, captions, image_ids, caption_ids)
+        return positive, total, active, scores
 
     @staticmethod
     def backward(ctx, d_positive, d_hinge_sum, _active, _scores):
@@ -317,15 +298,14 @@ class _HingeSum(torch.autograd.Function):
 
 class _ScoresHardestNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(scores, image_ids, caption_ids, num_pairs, backend):
-        return _ops(backend).hardest_negatives(scores, image_ids, caption_ids, num_pairs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        scores, *_, ctx.backend = inputs
-        positive, _, index = output
+    def forward(ctx, scores, image_ids, caption_ids, num_pairs, backend):
+        ctx.backend = backend
+        positive, score, index = _ops(backend).hardest_negatives(
+            scores, image_ids, caption_ids, num_pairs
+        )
         ctx.mark_non_differentiable(index)
         ctx.save_for_backward(positive, index, scores)
+        return positive, score, index
 
     @staticmethod
     def backward(ctx, d_positive, d_score, _):
@@ -337,15 +317,13 @@ class _ScoresHardestNegatives(torch.autograd.Function):
 
 class _ScoresNegativeLogsumexp(torch.autograd.Function):
     @staticmethod
-    def forward(scores, image_ids, caption_ids, num_pairs, scale, scale_tensor, backend):
-        return _ops(backend).negative_logsumexp(
+    def forward(ctx, scores, image_ids, caption_ids, num_pairs, scale, scale_tensor, backend):
+        ctx.scale, ctx.backend = scale, backend
+        positive, logsumexp = _ops(backend).negative_logsumexp(
             scores, image_ids, caption_ids, num_pairs, scale, scale_tensor
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        scores, image_ids, caption_ids, _, ctx.scale, scale_tensor, ctx.backend = inputs
-        ctx.save_for_backward(output[1], scores, image_ids, caption_ids, scale_tensor)
+        ctx.save_for_backward(logsumexp, scores, image_ids, caption_ids, scale_tensor)
+        return positive, logsumexp
 
     @staticmethod
     def backward(ctx, d_positive, d_logsumexp):
@@ -362,15 +340,14 @@ class _ScoresNegativeLogsumexp(torch.autograd.Function):
 
 class _ScoresHingeSum(torch.autograd.Function):
     @staticmethod
-    def forward(scores, image_ids, caption_ids, num_pairs, margin, backend):
-        return _ops(backend).hinge_sum(scores, image_ids, caption_ids, num_pairs, margin)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        scores, image_ids, caption_ids, _, ctx.margin, ctx.backend = inputs
-        positive, _, active = output
+    def forward(ctx, scores, image_ids, caption_ids, num_pairs, margin, backend):
+        ctx.margin, ctx.backend = margin, backend
+        positive, total, active = _ops(backend).hinge_sum(
+            scores, image_ids, caption_ids, num_pairs, margin
+        )
         ctx.mark_non_differentiable(active)
         ctx.save_for_backward(positive, active, scores, image_ids, caption_ids)
+        return positive, total, active
 
     @staticmethod
     def backward(ctx, d_positive, d_hinge_sum, _):
@@ -382,15 +359,12 @@ class _ScoresHingeSum(torch.autograd.Function):
 
 class _L2Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(rows, backend):
-        return _ops(backend).l2_normalize(rows)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.backend = inputs
-        normalized, inverse_norm = output
+    def forward(ctx, rows, backend):
+        ctx.backend = backend
+        normalized, inverse_norm = _ops(backend).l2_normalize(rows)
         ctx.mark_non_differentiable(inverse_norm)
         ctx.save_for_backward(normalized, inverse_norm)
+        return normalized, inverse_norm
 
     @staticmethod
     def backward(ctx, d_normalized, _):

@@ -27,11 +27,13 @@ def test_a_spent_budget_skips_the_rest(tmp_path):
     assert not result["rows"] and {s["reason"] for s in result["skipped"]} == {"out of time"}
 
 
-@pytest.mark.parametrize("loss", gpu.contenders.EAGER)
-def test_the_contenders_compute_the_same(loss):
-    images, captions = torch.randn(2, 9, 5, dtype=torch.float64)
-    fused = gpu.contenders.FUSED[loss](images, captions, backend="reference")
-    assert torch.allclose(fused, gpu.contenders.EAGER[loss](images, captions))
+@pytest.mark.parametrize("case", gpu.contenders.TINY_CASES, ids=lambda case: case.loss)
+def test_the_contenders_compute_the_same(case):
+    inputs = [torch.randn(9, 5, dtype=torch.float64) for _ in range(2)]
+    if gpu.contenders.family_of(case) == "scores":
+        inputs = [torch.randn(9, 9, dtype=torch.float64)]
+    fused = gpu.contenders.fused_loss(case, "reference")(*inputs)
+    assert torch.allclose(fused, gpu.contenders.eager_loss(case)(*inputs), rtol=1e-6)
 
 
 def test_no_report_from_a_failing_test_run(tmp_path, monkeypatch):

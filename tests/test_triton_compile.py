@@ -1,7 +1,6 @@
 """Every Triton kernel, as the host code launches it, compiled ahead of time for sm_80 and sm_90: no stack,
 no spills, wgmma on sm_90, and as many programs on a multiprocessor as the configuration counts on."""
 
-import os
 from unittest import mock
 
 import pytest
@@ -35,7 +34,7 @@ SMALL = Case("small", 256, 256, 256, 64)
 SMALL_WITH_IDS = Case("small with ids", 45, 50, 33, 1031, "groups of five")
 ONE = Case("one", 1, 1, 1, 1)
 
-# name of the configuration, kind of GPU, dtype, case
+# name of the configuration or family of ops, kind of GPU, dtype, case
 COMBINATIONS = [
     ("LARGE", 80, torch.bfloat16, LARGE),
     ("LARGE", 80, torch.float16, LARGE_WITH_IDS),
@@ -55,6 +54,19 @@ COMBINATIONS = [
     ("STORED", 90, torch.float32, SMALL),
     ("STORED", 80, torch.float64, ONE),
     ("STORED", 90, torch.float64, SMALL_WITH_IDS),
+    # Families of ops other than the dot product, with the tiles that belong to the size.
+    ("order", 80, torch.float32, LARGE_WITH_IDS),
+    ("order", 90, torch.bfloat16, LARGE),
+    ("order", 90, torch.float16, SMALL_WITH_IDS),
+    ("order", 80, torch.float32, SMALL),
+    ("order", 90, torch.float64, SMALL_WITH_IDS),
+    ("order", 80, torch.float64, ONE),
+    ("scores", 80, torch.float32, LARGE_WITH_IDS),
+    ("scores", 90, torch.float32, LARGE),
+    ("scores", 90, torch.bfloat16, LARGE_WITH_IDS),
+    ("scores", 80, torch.float16, SMALL),
+    ("scores", 90, torch.float64, SMALL_WITH_IDS),
+    ("scores", 80, torch.bfloat16, ONE),
     # The certified search launches the search, the rescoring and the exact pass.
     ("search", 80, torch.float32, LARGE_WITH_IDS),
     ("search", 90, torch.float32, LARGE),
@@ -62,35 +74,57 @@ COMBINATIONS = [
 ]
 
 
-def run_every_op(case: Case, dtype: torch.dtype) -> None:
+def ids_and_scale(case: Case, dtype: torch.dtype):
+    """image_ids, caption_ids and scale_tensor, all or none."""
+    if case.ids is None:
+        return (None, None), None
+    ids = tuple(torch.zeros(size, dtype=torch.int64) for size in (case.rows, case.columns))
+    return ids, torch.zeros((), dtype=torch.promote_types(dtype, torch.float32))
+
+
+def run_every_op(case: Case, dtype: torch.dtype, family: str) -> None:
     """Every op of the backend on tensors without meaning, in all variants that differ in code."""
     n, m, k, d = case[1:5]
     images, captions = torch.zeros(n, d, dtype=dtype), torch.zeros(m, d, dtype=dtype)
-    ids = (
-        (torch.zeros(n, dtype=torch.int64), torch.zeros(m, dtype=torch.int64))
-        if case.ids
-        else (None,) * 2
-    )
-    batch = images, captions, *ids
-    accumulation = torch.promote_types(dtype, torch.float32)
-    scale_tensor = torch.zeros((), dtype=accumulation) if case.ids else None
-    positive, score, index = forward.hardest_negatives(*batch, k)
+    ids, scale_tensor = ids_and_scale(case, dtype)
+    batch, options = (images, captions, *ids), {"family": family}
+    positive, score, index = forward.hardest_negatives(*batch, k, **options)
     index.zero_()
     for pairs in {k, configs.MAX_UNLISTED_PAIRS + 1}:
+        index = index[:, :1].expand(2, pairs)
+        upstream = score.new_zeros(pairs), score.new_zeros(2, pairs)
         backward.hardest_negatives_backward(
-            positive, score, positive, index.expand(2, -1)[:, :pairs], images, captions, True, True
+            *upstream, positive, index, images, captions, True, True, **options
         )
     for save in (True, False):
-        positive, lse, scores = forward.negative_logsumexp(*batch, k, 1.5, scale_tensor, save)
+        positive, lse, scores = forward.negative_logsumexp(
+            *batch, k, 1.5, scale_tensor, save, **options
+        )
         backward.negative_logsumexp_backward(
-            positive, lse, lse, scores, *batch, 1.5, scale_tensor, True, True
+            positive, lse, lse, scores, *batch, 1.5, scale_tensor, True, True, **options
         )
-        positive, total, active, scores = forward.hinge_sum(*batch, k, 0.2, save)
+        positive, total, active, scores = forward.hinge_sum(*batch, k, 0.2, save, **options)
         backward.hinge_sum_backward(
-            positive, total, positive, active, scores, *batch, 0.2, True, True
+            positive, total, positive, active, scores, *batch, 0.2, True, True, **options
         )
-    normalized, inverse_norm = forward.l2_normalize(images)
-    backward.l2_normalize_backward(normalized, normalized, inverse_norm)
+    if family == "dot":
+        normalized, inverse_norm = forward.l2_normalize(images)
+        backward.l2_normalize_backward(normalized, normalized, inverse_norm)
+
+
+def run_every_op_of_scores(case: Case, dtype: torch.dtype) -> None:
+    """The same for a score matrix, also a transposed one."""
+    n, m, k = case[1:4]
+    ids, scale_tensor = ids_and_scale(case, dtype)
+    for scores in (torch.zeros(n, m, dtype=dtype), torch.zeros(m, n, dtype=dtype).t()):
+        positive, score, index = forward.hardest_negatives_of_scores(scores, *ids, k)
+        backward.hardest_negatives_of_scores_backward(positive, score, positive, index, scores)
+        positive, lse = forward.negative_logsumexp_of_scores(scores, *ids, k, 1.5, scale_tensor)
+        backward.negative_logsumexp_of_scores_backward(
+            positive, lse, lse, scores, *ids, 1.5, scale_tensor
+        )
+        positive, total, active = forward.hinge_sum_of_scores(scores, *ids, k, 0.2)
+        backward.hinge_sum_of_scores_backward(positive, total, positive, active, scores, *ids, 0.2)
 
 
 def recorded(name: str, capability: int, dtype: torch.dtype, case: Case) -> dict[tuple, Launch]:
@@ -98,7 +132,7 @@ def recorded(name: str, capability: int, dtype: torch.dtype, case: Case) -> dict
     choose = configs.tiles_for
 
     def tiles_for(kind, *args):
-        if name == "search" or kind in ("stored", "exact"):
+        if name in ("search", "order", "scores") or kind in ("stored", "exact"):
             return choose(kind, *args)
         return getattr(configs, name)
 
@@ -117,8 +151,10 @@ def recorded(name: str, capability: int, dtype: torch.dtype, case: Case) -> dict
                 forward.hardest_negatives(*batch, *ids, case.pairs)
                 names = [launch.kernel.__name__ for launch in launches]
                 assert names.count("hardest_kernel") >= 2 and "rescore_kernel" in names
+            elif name == "scores":
+                run_every_op_of_scores(case, dtype)
             else:
-                run_every_op(case, dtype)
+                run_every_op(case, dtype, "order" if name == "order" else "dot")
     finally:
         torch.set_float32_matmul_precision(precision)
     return {launch.key: launch for launch in launches}
@@ -144,11 +180,11 @@ def test_compiles_without_spills(name, capability, dtype, case):
             continue
         tiles = {
             name: launch.arguments[name][1]
-            for name in ("BLOCK_M", "BLOCK_N", "STORED", "PRECISION")
+            for name in ("BLOCK_M", "BLOCK_N", "SOURCE", "PRECISION")
         }
         wanted = configs.SMALL.programs_per_sm
         assert compiled.programs_per_multiprocessor(REGISTERS, SHARED[capability]) >= wanted, what
-        on_tensor_cores = not tiles["STORED"] and (
+        on_tensor_cores = tiles["SOURCE"] == "dot" and (
             dtype != torch.float32 or tiles["PRECISION"] == "tf32"
         )
         if on_tensor_cores and capability == 90 and tiles["BLOCK_M"] >= 64:
@@ -167,15 +203,9 @@ def test_the_shape_buckets():
     ):
         assert configs.tiles_for("bf16", size, size, hopper) == on_hopper
         assert configs.tiles_for("bf16", size, size, ampere) == on_ampere
+    assert configs.tiles_for("order", 1024, 1024, hopper) == configs.ORDER
+    assert configs.tiles_for("order", 128, 128, hopper) == configs.ORDER_SMALL
+    assert configs.tiles_for("given", 1024, 1024, hopper) == configs.GIVEN
+    assert configs.tiles_for("given", 128, 128, hopper) == configs.STORED
     assert configs.search_pays(32768, 32768, hopper) and not configs.search_pays(512, 512, hopper)
     assert not configs.search_pays(4096, 1 << 20, hopper)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_an_explicit_request_names_the_reason():
-    import fused_vse
-
-    assert "CUDA GPU" in fused_vse.backends()["triton"]
-    with pytest.raises(RuntimeError, match="triton.*CUDA GPU"):
-        fused_vse.hinge_loss(torch.ones(2, 2), torch.ones(2, 2), backend="triton")
-    assert "TRITON_INTERPRET" not in os.environ

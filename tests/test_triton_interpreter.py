@@ -1,4 +1,4 @@
-"""Runs triton_interpreter_cases.py in a process of its own: whether Triton interprets or compiles is
+"""Runs each of the triton_interpreter_*.py in a process of its own: whether Triton interprets or compiles is
 decided when it is imported, and the other tests must not see an interpreted backend."""
 
 import os
@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def test_kernels_in_the_interpreter():
-    cases = Path(__file__).with_name("triton_interpreter_cases.py")
+@pytest.mark.parametrize("name", ["cases", "families"])
+def test_kernels_in_the_interpreter(name):
+    cases = Path(__file__).with_name(f"triton_interpreter_{name}.py")
     command = [
         sys.executable,
         "-m",

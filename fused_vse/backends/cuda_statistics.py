@@ -62,10 +62,8 @@ def register() -> torch.library.Library:
     """Defines the six ops; the returned library must be kept alive."""
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     forward = {op.__name__: op for op in _FORWARD}
-    for schema in triton_ops.SCHEMAS:
+    for schema in triton_ops.STATISTICS:
         name = schema.partition("(")[0]
-        if name.startswith("l2_normalize"):
-            continue
         library.define(schema)
         op = forward.get(name) or getattr(_triton(), name)
         library.impl(name, op, "CUDA")

@@ -1,8 +1,9 @@
 """The Triton backend for CUDA tensors of NVIDIA GPUs from Ampere (sm_80) on.
 
     tiles.py      the walk over tiles of S         hardest.py, logsumexp.py, hinge.py   one statistic each
-    rows.py       kernels over embeddings' rows    configs.py   tile shapes, each with its reason
-    walk.py       launches, workspace, operands    forward.py, backward.py, ops.py      the ops
+    order.py      the order similarity             configs.py   tile shapes, each with its reason
+    rows.py       kernels over embeddings' rows    certified.py  float32 maxima from a bfloat16 product
+    walk.py       launches, workspace, operands    forward.py, gradients.py, backward.py, ops.py  the ops
 
 With TRITON_INTERPRET=1 in the environment when this is imported, the same code takes CPU tensors and
 runs in Triton's interpreter: slow, for tests only.
@@ -24,13 +25,21 @@ if triton is not None:
     from .walk import set_workspace_bytes, workspace_bytes
 
     DEVICE = "cpu" if INTERPRETED.value else "cuda"
-    _library = register(DEVICE.upper())
+    _libraries = register(DEVICE.upper())
 else:
     DEVICE = "cuda"
 
+FAMILIES = ("dot", "order", "scores")
 INSTALLED = triton is not None
 
-__all__ = ["DEVICE", "INSTALLED", "UNAVAILABLE", "set_workspace_bytes", "workspace_bytes"]
+__all__ = [
+    "DEVICE",
+    "FAMILIES",
+    "INSTALLED",
+    "UNAVAILABLE",
+    "set_workspace_bytes",
+    "workspace_bytes",
+]
 
 
 def __getattr__(name: str):
@@ -53,7 +62,10 @@ def _unavailable() -> str | None:
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if all(device.major < 8 for device in devices):
         found = ", ".join(f"{d.name} with {d.major}.{d.minor}" for d in devices)
-        return f"it needs a GPU of compute capability 8.0 or higher, found {found}"
+        return (
+            f"it needs a GPU of compute capability 8.0 or higher, found {found};"
+            " use backend='reference'"
+        )
     return _compile_failure(next(i for i, device in enumerate(devices) if device.major >= 8))
 
 

@@ -183,7 +183,7 @@ def rescore_anchor(
     num_single = tl.sum(single.to(tl.int32), 0)
     work = num_single + tl.sum(crowded.to(tl.int32), 0) * BLOCK
     work = tl.where(unbounded, work_limit + 1, work.to(tl.int64))
-    poisoned = is_poisoned(bounds_ptr, num_bounds, D, tl.float32)
+    poisoned = is_poisoned(bounds_ptr, num_bounds, D, "dot", tl.float32)
     work = tl.where(poisoned, 0, work)
     total = tl.atomic_add(work_ptr, work, sem="relaxed") + work
 

@@ -27,6 +27,9 @@ class Tiles:
     num_stages: int
     programs_per_sm: int
     group: int = 8
+    # How often a gradient's tile is halved before its entries are computed: what
+    # tests/test_triton_compile.py needs to see no spills.
+    halvings: int = 2
     tma: bool = False  # the bulk copy engine of sm_90 loads the operands
 
 
@@ -48,6 +51,13 @@ SMALL_TF32 = Tiles(32, 32, 64, num_warps=4, num_stages=3, programs_per_sm=2)
 
 # Scores read from memory: as wide as coalescing likes, small enough for float64 in registers.
 STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
+# Scores that are given, in bulk: 32 a thread, so that 16 KiB of bfloat16 are under way on a multiprocessor,
+# and that their magnitudes fit into registers next to them.
+GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
+# Order similarity: three instructions a difference. With fewer rows or columns than threads Triton loads
+# both operands in the layout of the tile; beyond, it would exchange them through shared memory.
+ORDER = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
+ORDER_SMALL = Tiles(32, 32, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
 # float32 multiply-adds outside the tensor cores: 32 accumulators a thread leave room for the operands.
 EXACT = Tiles(64, 64, 16, num_warps=4, num_stages=3, programs_per_sm=2)
 # The interpreter's time goes by the number of operations: few, small tiles.
@@ -55,6 +65,11 @@ INTERPRETER = Tiles(64, 32, 64, num_warps=4, num_stages=1, programs_per_sm=4)
 
 # Partial results: 32 slots x 32 anchors are whole 128-byte lines, and few steps for 1000 slots.
 MERGE = {"BLOCK_S": 32, "BLOCK_A": 32, "num_warps": 4}
+# Gradients of the order similarity: 16 accumulators a thread, for 4 rows.
+ORDER_SUMS = {"BLOCK_R": 32, "BLOCK_D": 64, "BLOCK_J": 64, "num_warps": 4}
+ORDER_SUMS_FLOAT64 = {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_J": 64, "num_warps": 4}
+# The gradient of given scores where it is sparse: written once, 512 bytes of bfloat16 to a row.
+SPARSE_GRADIENT = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
 # Up to this many pairs, the sparse backward pass finds its entries by looking through all of them.
 MAX_UNLISTED_PAIRS = 1024
 
@@ -68,13 +83,20 @@ RESCORE = {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4}
 
 
 def tiles_for(kind: str, num_rows: int, num_columns: int, device: Device) -> Tiles:
-    """`kind`: "bf16" for 16-bit operands, "tf32", "stored" or "exact"."""
+    """`kind`: "bf16" for 16-bit operands, "tf32", "exact"; "stored", "given"; "order", "order_float64"."""
     if device.interpreted:
-        return INTERPRETER
+        # The order similarity goes through a block of D one by one, zeros at its end included.
+        return replace(INTERPRETER, block_k=8) if kind.startswith("order") else INTERPRETER
     if kind == "stored":
         return STORED
     if kind == "exact":
         return EXACT
+    if kind == "order_float64":
+        return ORDER_SMALL
+    if kind in ("order", "given"):
+        tiles, small = {"order": (ORDER, ORDER_SMALL), "given": (GIVEN, STORED)}[kind]
+        fills = device.multiprocessors * tiles.block_m * tiles.block_n
+        return tiles if num_rows * num_columns >= fills else small
     large, large_tma, medium, small = {
         "bf16": (LARGE, LARGE_TMA, MEDIUM, SMALL),
         "tf32": (LARGE_TF32, LARGE_TF32_TMA, MEDIUM_TF32, SMALL_TF32),

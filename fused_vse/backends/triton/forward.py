@@ -15,9 +15,11 @@ from .walk import (
     accumulation,
     device_of,
     dot_operand,
+    matrix_of,
     multiply,
     piece_scores,
     plan,
+    plan_scores,
     row_blocks,
     scale_arguments,
     score_scratch,
@@ -27,28 +29,46 @@ from .walk import (
 )
 
 
-def hardest_negatives(images, captions, image_ids, caption_ids, num_pairs):
-    walk = plan(images, captions, image_ids, caption_ids, num_pairs)
+def hardest_negatives(images, captions, image_ids, caption_ids, num_pairs, family="dot"):
+    walk = plan(family, images, captions, image_ids, caption_ids, num_pairs)
     seen = survey(walk)
-    score = seen.positive.new_empty(2, num_pairs)
-    index = score.new_empty((2, num_pairs), dtype=torch.int64)
-    work = work_limit = None
+    score, index = _hardest_results(seen)
     device = device_of(images.device)
     if (
         images.dtype == torch.float32
-        and walk.stored
+        and walk.source == "stored"
         and configs.search_pays(len(images), len(captions), device)
     ):
         work, work_limit = _certified_search(walk, seen, score, index)
         tiles = configs.tiles_for("exact", len(images), len(captions), device)
         operands = dot_operand(walk.images, tiles), dot_operand(walk.captions, tiles)
-        walk = walk._replace(operands=operands, tiles=tiles, stored=False)
+        walk = walk._replace(operands=operands, tiles=tiles, source="dot")
+        _hardest(walk, seen, score, index, work, work_limit)
+    else:
+        _hardest(walk, seen, score, index)
+    return seen.positive, score, index
+
+
+def hardest_negatives_of_scores(scores, image_ids, caption_ids, num_pairs):
+    walk = plan_scores(scores, image_ids, caption_ids, num_pairs)
+    seen = survey(walk)
+    score, index = _hardest_results(seen)
+    _hardest(walk, seen, score, index, given=scores)
+    return seen.positive, score, index
+
+
+def _hardest_results(seen: Survey) -> tuple[Tensor, Tensor]:
+    score = seen.positive.new_empty(2, len(seen.positive))
+    return score, score.new_empty(score.shape, dtype=torch.int64)
+
+
+def _hardest(walk, seen, score, index, work=None, work_limit=None, given=None) -> None:
+    """With `work`, only if the certified search went beyond `work_limit`."""
     guard = {"work_ptr": work, "work_limit": work_limit, "GUARDED": work is not None}
     merge = functools.partial(
         _merge, hardest.hardest_merge_kernel, walk, seen, score_ptr=score, index_ptr=index, **guard
     )
-    _forward(hardest.hardest_kernel, merge, walk, None, RUNNER_UP=False, **guard)
-    return seen.positive, score, index
+    _forward(hardest.hardest_kernel, merge, walk, seen, given, RUNNER_UP=False, **guard)
 
 
 def _certified_search(walk: Walk, seen: Survey, score: Tensor, index: Tensor) -> tuple[Tensor, int]:
@@ -59,7 +79,7 @@ def _certified_search(walk: Walk, seen: Survey, score: Tensor, index: Tensor) ->
         _quantize(walk.images, tiles.block_k),
         _quantize(walk.captions, tiles.block_k),
     )
-    search = walk._replace(operands=(images.rounded, captions.rounded), tiles=tiles, stored=False)
+    search = walk._replace(operands=(images.rounded, captions.rounded), tiles=tiles, source="dot")
     work = torch.zeros(1, dtype=torch.int64, device=score.device)
     pieces = sum(1 for _ in search.rectangles(_partial_bytes(search, planes=3)))
     work_limit = configs.MAX_RESCORED_PER_ANCHOR * 2 * walk.num_pairs * pieces
@@ -83,7 +103,7 @@ def _certified_search(walk: Walk, seen: Survey, score: Tensor, index: Tensor) ->
         )  # fmt: skip
 
     _forward(
-        hardest.hardest_kernel, rescore, search, None,
+        hardest.hardest_kernel, rescore, search, seen, None,
         work_ptr=None, work_limit=None, RUNNER_UP=True, GUARDED=False,
     )  # fmt: skip
     return work, work_limit
@@ -113,35 +133,57 @@ def _quantize(embeddings: Tensor, block_k: int) -> _Quantized:
 
 
 def negative_logsumexp(
-    images, captions, image_ids, caption_ids, num_pairs, scale, scale_tensor, save_scores
-):
-    walk = plan(images, captions, image_ids, caption_ids, num_pairs)
-    seen = survey(walk)
+    images, captions, image_ids, caption_ids, num_pairs, scale, scale_tensor, save_scores,
+    family="dot",
+):  # fmt: skip
+    walk = plan(family, images, captions, image_ids, caption_ids, num_pairs)
     scores = _saved_scores(walk, save_scores)
-    result = seen.positive.new_empty((2, num_pairs), dtype=torch.float64)
+    return *_logsumexp(walk, scores, scale, scale_tensor), scores
+
+
+def negative_logsumexp_of_scores(scores, image_ids, caption_ids, num_pairs, scale, scale_tensor):
+    walk = plan_scores(scores, image_ids, caption_ids, num_pairs)
+    return _logsumexp(walk, scores, scale, scale_tensor)
+
+
+def _logsumexp(walk, scores, scale, scale_tensor) -> tuple[Tensor, Tensor]:
+    seen = survey(walk)
+    result = seen.positive.new_empty((2, walk.num_pairs), dtype=torch.float64)
     merge = functools.partial(
         _merge, logsumexp.logsumexp_merge_kernel, walk, seen, logsumexp_ptr=result
     )
     _forward(
-        logsumexp.logsumexp_kernel, merge, walk, scores,
-        bounds_ptr=seen.bounds, num_bounds=seen.num_bounds, **scale_arguments(scale, scale_tensor),
-        num_anchors=max(len(images), len(captions)), ONE_EXP=not walk.stored,
-        ACC=triton_accumulation(images.dtype),
+        logsumexp.logsumexp_kernel, merge, walk, seen, scores,
+        num_bounds=seen.num_bounds, **scale_arguments(scale, scale_tensor),
+        # The bounds that one exp needs are those of the dot product.
+        num_anchors=max(len(walk.images), len(walk.captions)), ONE_EXP=walk.source == "dot",
+        ACC=triton_accumulation(walk.images.dtype),
     )  # fmt: skip
-    return seen.positive, result, scores
+    return seen.positive, result
 
 
-def hinge_sum(images, captions, image_ids, caption_ids, num_pairs, margin, save_scores):
-    walk = plan(images, captions, image_ids, caption_ids, num_pairs)
-    seen = survey(walk)
+def hinge_sum(
+    images, captions, image_ids, caption_ids, num_pairs, margin, save_scores, family="dot"
+):
+    walk = plan(family, images, captions, image_ids, caption_ids, num_pairs)
     scores = _saved_scores(walk, save_scores)
-    total = seen.positive.new_empty(2, num_pairs)
-    active = total.new_empty((2, num_pairs), dtype=torch.int64)
+    return *_hinge(walk, scores, margin), scores
+
+
+def hinge_sum_of_scores(scores, image_ids, caption_ids, num_pairs, margin):
+    return _hinge(plan_scores(scores, image_ids, caption_ids, num_pairs), scores, margin)
+
+
+def _hinge(walk, scores, margin) -> tuple[Tensor, Tensor, Tensor]:
+    seen = survey(walk)
+    total = seen.positive.new_empty(2, walk.num_pairs)
+    active = total.new_empty(total.shape, dtype=torch.int64)
     merge = functools.partial(
         _merge, hinge.hinge_merge_kernel, walk, seen, sum_ptr=total, active_ptr=active
     )
-    _forward(hinge.hinge_kernel, merge, walk, scores, threshold_ptr=seen.positive - margin)
-    return seen.positive, total, active, scores
+    threshold = seen.positive - margin
+    _forward(hinge.hinge_kernel, merge, walk, seen, scores, threshold_ptr=threshold)
+    return seen.positive, total, active
 
 
 def _saved_scores(walk: Walk, save_scores: bool) -> Tensor:
@@ -151,17 +193,17 @@ def _saved_scores(walk: Walk, save_scores: bool) -> Tensor:
     return walk.images.new_empty(numel, dtype=accumulation(walk.images.dtype))
 
 
-def _forward(kernel, merge, walk: Walk, saved: Tensor | None, **arguments) -> None:
+def _forward(kernel, merge, walk: Walk, seen: Survey, scores: Tensor | None, **arguments) -> None:
     """Runs `kernel` over S and `merge` after every rectangle.
 
-    The partial results of the columns carry over from one rectangle to the next in slot 0.
+    `scores` is S where it is given; else where to leave it, unless that is empty or None. The partial
+    results of the columns carry over from one rectangle to the next in slot 0.
     """
     dtype = accumulation(walk.images.dtype)
     planes = 3 if arguments.get("RUNNER_UP") else 2
     bytes_per_row = _partial_bytes(walk, planes)
-    if saved is not None:
-        saved = saved.view(len(walk.images), -1) if saved.numel() > 0 else None
-    if walk.stored and saved is None:
+    at_hand = matrix_of(walk, scores)
+    if walk.source == "stored" and at_hand is None:
         bytes_per_row += len(walk.captions) * dtype.itemsize
     pieces = list(walk.rectangles(bytes_per_row))
     row_partial = walk.images.new_empty(
@@ -170,15 +212,15 @@ def _forward(kernel, merge, walk: Walk, saved: Tensor | None, **arguments) -> No
     column_partial = walk.images.new_empty(
         (max(walk.row_tiles(p) for p in pieces) + 1) * planes * walk.num_pairs, dtype=dtype
     )
-    scratch = score_scratch(walk, pieces, saved)
+    scratch = score_scratch(walk, pieces, at_hand)
     for number, piece in enumerate(pieces):
-        scores = piece_scores(walk, piece, saved, scratch)
-        if walk.stored:
-            multiply(walk, piece, scores)
+        part = piece_scores(piece, at_hand, scratch)
+        if walk.source == "stored":
+            multiply(walk, piece, part)
         walk.launch(
-            kernel, piece, scores,
-            row_partial_ptr=row_partial, column_partial_ptr=column_partial,
-            SAVE=saved is not None and not walk.stored, **arguments,
+            kernel, piece, part,
+            row_partial_ptr=row_partial, column_partial_ptr=column_partial, bounds_ptr=seen.bounds,
+            SAVE=at_hand is not None and walk.source in ("dot", "order"), **arguments,
         )  # fmt: skip
         merge(
             row_partial_ptr=row_partial, column_partial_ptr=column_partial,
@@ -201,7 +243,8 @@ def _merge(kernel, walk: Walk, seen: Survey, num_columns: int, **arguments) -> N
     kernel[(triton.cdiv(num_anchors, configs.MERGE["BLOCK_A"]), 2)](
         positive_ptr=seen.positive, bounds_ptr=seen.bounds, num_bounds=seen.num_bounds,
         num_pairs=walk.num_pairs, D=walk.images.shape[1],
-        ACC=triton_accumulation(walk.images.dtype), **arguments, **configs.MERGE,
+        FAMILY=walk.family, ACC=triton_accumulation(walk.images.dtype), **arguments,
+        **configs.MERGE,
     )  # fmt: skip
 
 

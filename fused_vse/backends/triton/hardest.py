@@ -3,9 +3,12 @@
 import triton
 import triton.language as tl
 
-from .rows import is_poisoned
+from .order import pull
+from .rows import is_poisoned, magnitude_bits
 from .tiles import (
     NO_INDEX,
+    crosses_diagonal,
+    leave_bound,
     load_partials,
     negative_scores,
     score_tile,
@@ -57,10 +60,11 @@ def bits_index(value):
 @triton.jit
 def hardest_kernel(
     images_ptr, captions_ptr, scores_ptr, image_ids_ptr, caption_ids_ptr,
-    row_partial_ptr, column_partial_ptr, work_ptr, work_limit,
-    stride_images, stride_captions, stride_scores, row_start, row_stop, num_columns, num_pairs, D,
+    row_partial_ptr, column_partial_ptr, bounds_ptr, work_ptr, work_limit,
+    stride_images, stride_captions, stride_score_rows, stride_score_columns,
+    row_start, row_stop, num_columns, num_pairs, D,
     RUNNER_UP: tl.constexpr, GUARDED: tl.constexpr,
-    STORED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SOURCE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if GUARDED:
@@ -70,6 +74,8 @@ def hardest_kernel(
     row_tiles = tl.cdiv(row_stop - row_start, BLOCK_M)
     column_tiles = tl.cdiv(num_columns, BLOCK_N)
     num_rows = row_stop - row_start
+    if SOURCE == "given":
+        magnitudes = tl.zeros((BLOCK_M, BLOCK_N), bounds_ptr.dtype.element_ty)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
@@ -77,10 +83,13 @@ def hardest_kernel(
         row = row_start + row_tile * BLOCK_M
         column = column_tile * BLOCK_N
         acc = score_tile(
-            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions, stride_scores,
+            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
+            stride_score_rows, stride_score_columns,
             row, row_start, row_stop, column, num_columns, D,
-            STORED, SAVE, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            SOURCE, SAVE, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if SOURCE == "given":
+            magnitudes = tl.maximum(magnitudes, magnitude_bits(acc))
         acc = negative_scores(
             acc, image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
             BLOCK_M, BLOCK_N,
@@ -119,6 +128,8 @@ def hardest_kernel(
                 column_partial_ptr, 2, PLANES, row_tile + 1, column, 0, num_pairs, num_pairs,
                 second, BLOCK_N,
             )  # fmt: skip
+    if SOURCE == "given":
+        leave_bound(bounds_ptr, magnitudes)
 
 
 # The best of the partial results in slots [first, stop) of each anchor, ties to the smallest index.
@@ -130,7 +141,7 @@ def hardest_kernel(
 def hardest_merge_kernel(
     row_partial_ptr, column_partial_ptr, positive_ptr, score_ptr, index_ptr, bounds_ptr,
     work_ptr, work_limit, row_start, num_rows, row_slots, column_first, column_slots,
-    num_pairs, num_bounds, D,
+    num_pairs, num_bounds, D, FAMILY: tl.constexpr,
     GUARDED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     if GUARDED:
@@ -164,17 +175,17 @@ def hardest_merge_kernel(
         tl.store(pointer + num_anchors + offs_a, index_bits(index, best), mask=mask)
     finish_hardest(
         positive_ptr, score_ptr, index_ptr, bounds_ptr, is_column, origin + offs_a, mask, best, index,
-        num_pairs, num_bounds, D, ACC,
+        num_pairs, num_bounds, D, FAMILY, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def finish_hardest(
     positive_ptr, score_ptr, index_ptr, bounds_ptr, is_column, offs_k, mask, best, index,
-    num_pairs, num_bounds, D, ACC: tl.constexpr,
+    num_pairs, num_bounds, D, FAMILY: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores score and index of the anchors offs_k; NaN and -1 if the input is poisoned."""
-    poisoned = is_poisoned(bounds_ptr, num_bounds, D, ACC)
+    poisoned = is_poisoned(bounds_ptr, num_bounds, D, FAMILY, ACC)
     found = (best > -float("inf")) & (poisoned == 0)
     offs = is_column.to(tl.int64) * num_pairs + offs_k
     tl.store(index_ptr + offs, tl.where(found, index, -1).to(tl.int64), mask=mask)
@@ -182,6 +193,9 @@ def finish_hardest(
     if poisoned:
         nan = tl.full(offs.shape, float("nan"), ACC)
         tl.store(positive_ptr + offs_k, nan, mask=mask)
+        # Rows of an earlier rectangle, in which given scores had nothing wrong yet.
+        tl.store(score_ptr + offs_k, nan, mask=mask)
+        tl.store(index_ptr + offs_k, tl.full(offs.shape, -1, tl.int64), mask=mask)
 
 
 # keys[k] = N + index[0, k], keys[K + k] = index[1, k]: the row of [I; T] that anchor k of each direction
@@ -198,8 +212,8 @@ def target_keys_kernel(
     tl.store(keys_ptr + offs, key.to(tl.int32), mask=mask)
 
 
-# Row r of one side gets, with o the other side's embeddings, g the upstream gradients of this side's
-# anchors and h those of the other side's:
+# Row r of one side gets, with o the other side's embeddings (for the order similarity, what they pull at
+# row r), g the upstream gradients of this side's anchors and h those of the other side's:
 #
 #   d[r] = d_positive[r] o[r] + g[r] o[index[r]]                                       if r < K
 #        + sum of h[k] o[k] over the k with other_index[k] == r, in ascending order
@@ -208,39 +222,78 @@ def target_keys_kernel(
 # BLOCK_K pairs, every program looks through other_index itself: one launch for the whole backward pass.
 @triton.jit
 def hardest_backward_kernel(
-    embeddings_ptr, d_embeddings_ptr, d_positive_ptr, d_own_ptr, d_other_ptr,
+    own_ptr, others_ptr, d_own_ptr, d_positive_ptr, d_own_score_ptr, d_other_score_ptr,
     own_index_ptr, other_index_ptr, positive_ptr, order_ptr, starts_ptr,
-    stride_embeddings, num_pairs, D, first_start, shift,
-    LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    stride_own, stride_others, num_pairs, D, first_start, shift,
+    SIDE: tl.constexpr, LISTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
+    own = own_ptr + row.to(tl.int64) * stride_own + offs_d
+    if SIDE == "dot":
+        own = 0.0
+    else:
+        own = tl.load(own, mask=mask_d, other=0.0).to(ACC)
     acc = tl.zeros((BLOCK_D,), ACC)
     if row < num_pairs:
         index = tl.load(own_index_ptr + row)
-        weight = tl.where(index >= 0, tl.load(d_own_ptr + row), 0.0)
-        hardest = embeddings_ptr + tl.maximum(index, 0) * stride_embeddings + offs_d
-        pair = embeddings_ptr + row.to(tl.int64) * stride_embeddings + offs_d
-        acc += weight * tl.load(hardest, mask=mask_d, other=0.0).to(ACC)
-        acc += tl.load(d_positive_ptr + row) * tl.load(pair, mask=mask_d, other=0.0).to(ACC)
+        weight = tl.where(index >= 0, tl.load(d_own_score_ptr + row), 0.0)
+        hardest = others_ptr + tl.maximum(index, 0) * stride_others + offs_d
+        pair = others_ptr + row.to(tl.int64) * stride_others + offs_d
+        acc += weight * pull(tl.load(hardest, mask=mask_d, other=0.0).to(ACC), own, SIDE)
+        pair = pull(tl.load(pair, mask=mask_d, other=0.0).to(ACC), own, SIDE)
+        acc += tl.load(d_positive_ptr + row) * pair
     if LISTED:
         start = tl.load(starts_ptr + first_start + row)
         stop = tl.load(starts_ptr + first_start + row + 1)
         for position in tl.range(start, stop):
             k = tl.load(order_ptr + position) - shift
-            other = embeddings_ptr + k.to(tl.int64) * stride_embeddings + offs_d
-            acc += tl.load(d_other_ptr + k) * tl.load(other, mask=mask_d, other=0.0).to(ACC)
+            other = others_ptr + k.to(tl.int64) * stride_others + offs_d
+            other = pull(tl.load(other, mask=mask_d, other=0.0).to(ACC), own, SIDE)
+            acc += tl.load(d_other_score_ptr + k) * other
     else:
         offs_k = tl.arange(0, BLOCK_K)
         chosen = tl.load(other_index_ptr + offs_k, mask=offs_k < num_pairs, other=-1) == row
         k = tl.min(tl.where(chosen, offs_k, NO_INDEX), 0)
         while k < NO_INDEX:
-            other = embeddings_ptr + k.to(tl.int64) * stride_embeddings + offs_d
-            acc += tl.load(d_other_ptr + k) * tl.load(other, mask=mask_d, other=0.0).to(ACC)
+            other = others_ptr + k.to(tl.int64) * stride_others + offs_d
+            other = pull(tl.load(other, mask=mask_d, other=0.0).to(ACC), own, SIDE)
+            acc += tl.load(d_other_score_ptr + k) * other
             k = tl.min(tl.where(chosen & (offs_k > k), offs_k, NO_INDEX), 0)
     # Poisoned input: every positive score is NaN.
     positive = tl.load(positive_ptr)
     acc = tl.where(positive == positive, acc, positive)
-    target = d_embeddings_ptr + row.to(tl.int64) * D + offs_d
-    tl.store(target, acc.to(d_embeddings_ptr.dtype.element_ty), mask=mask_d)
+    target = d_own_ptr + row.to(tl.int64) * D + offs_d
+    tl.store(target, acc.to(d_own_ptr.dtype.element_ty), mask=mask_d)
+
+
+# The same for given scores, one tile a program:
+#
+#   d_scores[i, j] = [i == j < K] d_positive[i] + [j == index[0, i]] g[0, i] + [i == index[1, j]] g[1, j]
+@triton.jit
+def hardest_scores_backward_kernel(
+    d_scores_ptr, d_positive_ptr, d_score_ptr, positive_ptr, index_ptr,
+    num_rows, num_columns, num_pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(num_columns, BLOCK_N)
+    row = tl.program_id(0) // column_tiles * BLOCK_M
+    column = tl.program_id(0) % column_tiles * BLOCK_N
+    offs_m, offs_n = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < num_pairs, offs_n < num_pairs
+    row_index = tl.load(index_ptr + offs_m, mask=mask_m, other=-1).to(tl.int32)
+    column_index = tl.load(index_ptr + num_pairs + offs_n, mask=mask_n, other=-1).to(tl.int32)
+    row_g = tl.load(d_score_ptr + offs_m, mask=mask_m, other=0.0)
+    column_g = tl.load(d_score_ptr + num_pairs + offs_n, mask=mask_n, other=0.0)
+    gradient = tl.where(row_index[:, None] == offs_n[None, :], row_g[:, None], 0.0)
+    gradient += tl.where(column_index[None, :] == offs_m[:, None], column_g[None, :], 0.0)
+    if crosses_diagonal(row, column, BLOCK_M, BLOCK_N):
+        d_positive = tl.load(d_positive_ptr + offs_m, mask=mask_m, other=0.0)
+        gradient += tl.where(offs_m[:, None] == offs_n[None, :], d_positive[:, None], 0.0)
+    # Poisoned input: every positive score is NaN.
+    positive = tl.load(positive_ptr)
+    gradient = tl.where(positive == positive, gradient, positive)
+    pointers = d_scores_ptr + offs_m.to(tl.int64)[:, None] * num_columns + offs_n[None, :]
+    inside = (offs_m < num_rows)[:, None] & (offs_n < num_columns)[None, :]
+    tl.store(pointers, gradient.to(d_scores_ptr.dtype.element_ty), mask=inside)

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from .hardest import bits_index, index_bits
-from .rows import is_poisoned
+from .order import over_distance
+from .rows import is_poisoned, magnitude_bits
 from .tiles import (
     column_halves,
+    leave_bound,
     load_partials,
     negative_gradient,
     negative_scores,
@@ -35,14 +37,17 @@ def hinge_tile(acc, threshold, AXIS: tl.constexpr):
 @triton.jit
 def hinge_kernel(
     images_ptr, captions_ptr, scores_ptr, image_ids_ptr, caption_ids_ptr,
-    row_partial_ptr, column_partial_ptr, threshold_ptr,
-    stride_images, stride_captions, stride_scores, row_start, row_stop, num_columns, num_pairs, D,
-    STORED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    row_partial_ptr, column_partial_ptr, bounds_ptr, threshold_ptr,
+    stride_images, stride_captions, stride_score_rows, stride_score_columns,
+    row_start, row_stop, num_columns, num_pairs, D,
+    SOURCE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(row_stop - row_start, BLOCK_M)
     column_tiles = tl.cdiv(num_columns, BLOCK_N)
     num_rows = row_stop - row_start
+    if SOURCE == "given":
+        magnitudes = tl.zeros((BLOCK_M, BLOCK_N), bounds_ptr.dtype.element_ty)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
@@ -50,10 +55,13 @@ def hinge_kernel(
         row = row_start + row_tile * BLOCK_M
         column = column_tile * BLOCK_N
         acc = score_tile(
-            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions, stride_scores,
+            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
+            stride_score_rows, stride_score_columns,
             row, row_start, row_stop, column, num_columns, D,
-            STORED, SAVE, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            SOURCE, SAVE, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if SOURCE == "given":
+            magnitudes = tl.maximum(magnitudes, magnitude_bits(acc))
         acc = negative_scores(
             acc, image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
             BLOCK_M, BLOCK_N,
@@ -82,6 +90,8 @@ def hinge_kernel(
             column_partial_ptr, 1, 2, row_tile + 1, column, 0, num_pairs, num_pairs,
             index_bits(active, total), BLOCK_N,
         )  # fmt: skip
+    if SOURCE == "given":
+        leave_bound(bounds_ptr, magnitudes)
 
 
 # The sums over the partial results of slots [first, stop), in ascending order of blocks.
@@ -89,7 +99,7 @@ def hinge_kernel(
 def hinge_merge_kernel(
     row_partial_ptr, column_partial_ptr, positive_ptr, sum_ptr, active_ptr, bounds_ptr,
     row_start, num_rows, row_slots, column_first, column_slots, num_pairs, num_bounds, D,
-    BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
+    FAMILY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     is_column = tl.program_id(1) == 1
     pointer = row_partial_ptr
@@ -115,13 +125,16 @@ def hinge_merge_kernel(
     if is_column:
         tl.store(pointer + offs_a, total, mask=mask)
         tl.store(pointer + num_anchors + offs_a, index_bits(active, total), mask=mask)
-    poisoned = is_poisoned(bounds_ptr, num_bounds, D, ACC)
+    poisoned = is_poisoned(bounds_ptr, num_bounds, D, FAMILY, ACC)
     offs_k = origin + offs_a
     offs = is_column.to(tl.int64) * num_pairs + offs_k
     tl.store(sum_ptr + offs, tl.where(poisoned, float("nan"), total), mask=mask)
     tl.store(active_ptr + offs, active.to(tl.int64), mask=mask)
     if poisoned:
-        tl.store(positive_ptr + offs_k, tl.full((BLOCK_A,), float("nan"), ACC), mask=mask)
+        nan = tl.full((BLOCK_A,), float("nan"), ACC)
+        tl.store(positive_ptr + offs_k, nan, mask=mask)
+        # Rows of an earlier rectangle, in which given scores had nothing wrong yet.
+        tl.store(sum_ptr + offs_k, nan, mask=mask)
 
 
 # The gradient with respect to a rectangle of S, rounded to the dtype of the matrix products that follow:
@@ -130,16 +143,17 @@ def hinge_merge_kernel(
 #       w_ij = [s_ij > threshold_i] g_i + [s_ij > threshold_j] g_j     for a negative, else 0
 #       G_ij = gain (w_ij + [i == j < K] d_diagonal_i)
 #
-# d_diagonal [K] = d_positive - sum over both directions of active g.
+# d_diagonal [K] = d_positive - sum over both directions of active g. ORDER: w_ij is divided by the
+# distance -s_ij, d_diagonal has been.
 @triton.jit
 def hinge_gradient_kernel(
     images_ptr, captions_ptr, scores_ptr, image_ids_ptr, caption_ids_ptr,
     positive_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr, gradient_ptr, gain_ptr,
-    stride_images, stride_captions, stride_scores, stride_gradient,
+    stride_images, stride_captions, stride_score_rows, stride_score_columns, stride_gradient,
     row_start, row_stop, num_columns, num_pairs, D,
-    STORED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SOURCE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALVINGS: tl.constexpr,
+    HALVINGS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     # Poisoned input: every positive score is NaN, and so becomes every entry.
     first = tl.load(positive_ptr)
@@ -155,15 +169,16 @@ def hinge_gradient_kernel(
         row = row_start + row_tile * BLOCK_M
         column = column_tile * BLOCK_N
         acc = score_tile(
-            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions, stride_scores,
+            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
+            stride_score_rows, stride_score_columns,
             row, row_start, row_stop, column, num_columns, D,
-            STORED, False, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            SOURCE, False, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
         hinge_gradient_tile(
             acc, image_ids_ptr, caption_ids_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr,
             gradient_ptr, stride_gradient, factor,
-            row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N, HALVINGS,
+            row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N, HALVINGS, ORDER,
         )  # fmt: skip
 
 
@@ -172,7 +187,7 @@ def hinge_gradient_tile(
     acc, image_ids_ptr, caption_ids_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr,
     gradient_ptr, stride_gradient, factor,
     row, row_start, row_stop, column, num_columns, num_pairs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVINGS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVINGS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """Stores the tile's gradient, half of the columns at a time."""
     if HALVINGS > 0:
@@ -181,19 +196,19 @@ def hinge_gradient_tile(
             left, image_ids_ptr, caption_ids_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr,
             gradient_ptr, stride_gradient, factor,
             row, row_start, row_stop, column, num_columns, num_pairs,
-            BLOCK_M, BLOCK_N // 2, HALVINGS - 1,
+            BLOCK_M, BLOCK_N // 2, HALVINGS - 1, ORDER,
         )  # fmt: skip
         hinge_gradient_tile(
             right, image_ids_ptr, caption_ids_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr,
             gradient_ptr, stride_gradient, factor,
             row, row_start, row_stop, column + BLOCK_N // 2, num_columns, num_pairs,
-            BLOCK_M, BLOCK_N // 2, HALVINGS - 1,
+            BLOCK_M, BLOCK_N // 2, HALVINGS - 1, ORDER,
         )  # fmt: skip
     else:
         hinge_gradient_part(
             acc, image_ids_ptr, caption_ids_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr,
             gradient_ptr, stride_gradient, factor,
-            row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N,
+            row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N, ORDER,
         )  # fmt: skip
 
 
@@ -202,7 +217,7 @@ def hinge_gradient_part(
     acc, image_ids_ptr, caption_ids_ptr, threshold_ptr, d_sum_ptr, d_diagonal_ptr,
     gradient_ptr, stride_gradient, factor,
     row, row_start, row_stop, column, num_columns, num_pairs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = column + tl.arange(0, BLOCK_N)
@@ -217,6 +232,8 @@ def hinge_gradient_part(
         gradient, image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
+    if ORDER:
+        gradient = over_distance(gradient, acc)
     store_gradient(
         gradient_ptr, stride_gradient, gradient, d_diagonal_ptr, factor,
         row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N,

@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
-from .rows import is_poisoned, load_bound
+from .order import over_distance
+from .rows import is_poisoned, load_bound, magnitude_bits
 from .tiles import (
     column_halves,
+    leave_bound,
     load_partials,
     negative_gradient,
     negative_scores,
@@ -55,10 +57,11 @@ def one_exp_shift(c, bounds_ptr, num_bounds, num_anchors, ACC: tl.constexpr):
 def logsumexp_kernel(
     images_ptr, captions_ptr, scores_ptr, image_ids_ptr, caption_ids_ptr,
     row_partial_ptr, column_partial_ptr, bounds_ptr, scale_ptr, scale, scale_rest,
-    stride_images, stride_captions, stride_scores, row_start, row_stop, num_columns, num_pairs, D,
+    stride_images, stride_captions, stride_score_rows, stride_score_columns,
+    row_start, row_stop, num_columns, num_pairs, D,
     num_anchors, num_bounds,
     ONE_EXP: tl.constexpr,
-    STORED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SOURCE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -68,6 +71,8 @@ def logsumexp_kernel(
     row_tiles = tl.cdiv(row_stop - row_start, BLOCK_M)
     column_tiles = tl.cdiv(num_columns, BLOCK_N)
     num_rows = row_stop - row_start
+    if SOURCE == "given":
+        magnitudes = tl.zeros((BLOCK_M, BLOCK_N), bounds_ptr.dtype.element_ty)
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
@@ -75,10 +80,13 @@ def logsumexp_kernel(
         row = row_start + row_tile * BLOCK_M
         column = column_tile * BLOCK_N
         acc = score_tile(
-            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions, stride_scores,
+            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
+            stride_score_rows, stride_score_columns,
             row, row_start, row_stop, column, num_columns, D,
-            STORED, SAVE, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            SOURCE, SAVE, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if SOURCE == "given":
+            magnitudes = tl.maximum(magnitudes, magnitude_bits(acc))
         acc = negative_scores(
             acc, image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
             BLOCK_M, BLOCK_N,
@@ -112,6 +120,8 @@ def logsumexp_kernel(
             column_partial_ptr, 1, 2, row_tile + 1, column, 0, num_pairs, num_pairs,
             column_sum, BLOCK_N,
         )  # fmt: skip
+    if SOURCE == "given":
+        leave_bound(bounds_ptr, magnitudes)
 
 
 @triton.jit
@@ -136,7 +146,7 @@ def finite(reference):
 def logsumexp_merge_kernel(
     row_partial_ptr, column_partial_ptr, positive_ptr, logsumexp_ptr, bounds_ptr,
     row_start, num_rows, row_slots, column_first, column_slots, num_pairs, num_bounds, D,
-    BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
+    FAMILY: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_A: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     is_column = tl.program_id(1) == 1
     pointer = row_partial_ptr
@@ -165,7 +175,7 @@ def logsumexp_merge_kernel(
     if is_column:
         tl.store(pointer + offs_a, largest, mask=mask)
         tl.store(pointer + num_anchors + offs_a, total, mask=mask)
-    poisoned = is_poisoned(bounds_ptr, num_bounds, D, ACC)
+    poisoned = is_poisoned(bounds_ptr, num_bounds, D, FAMILY, ACC)
     value = largest.to(tl.float64) + tl.log2(total.to(tl.float64))
     value = tl.where(total > 0, value * tl.full((), LN_2, tl.float64), -float("inf"))
     # Not poisoned, yet NaN: the scale is.
@@ -173,7 +183,10 @@ def logsumexp_merge_kernel(
     offs_k = origin + offs_a
     tl.store(logsumexp_ptr + is_column.to(tl.int64) * num_pairs + offs_k, value, mask=mask)
     if poisoned:
-        tl.store(positive_ptr + offs_k, tl.full((BLOCK_A,), float("nan"), ACC), mask=mask)
+        nan = tl.full((BLOCK_A,), float("nan"), ACC)
+        tl.store(positive_ptr + offs_k, nan, mask=mask)
+        # Rows of an earlier rectangle, in which given scores had nothing wrong yet.
+        tl.store(logsumexp_ptr + offs_k, nan.to(tl.float64), mask=mask)
 
 
 # The gradient with respect to a rectangle of S, rounded to the dtype of the matrix products that follow:
@@ -182,16 +195,18 @@ def logsumexp_merge_kernel(
 #       w_ij = a (exp(a s_ij - lse_i) g_i + exp(a s_ij - lse_j) g_j)     for a negative, else 0
 #       G_ij = gain (w_ij + [i == j < K] d_positive_i)
 #       d_scale[tile] = sum_ij w_ij s_ij / a
+#
+# ORDER: w_ij in G is divided by the distance -s_ij, d_positive has been.
 @triton.jit
 def logsumexp_gradient_kernel(
     images_ptr, captions_ptr, scores_ptr, image_ids_ptr, caption_ids_ptr,
     logsumexp_ptr, d_logsumexp_ptr, d_positive_ptr, gradient_ptr, d_scale_ptr, gain_ptr,
     scale_ptr, scale, scale_rest,
-    stride_images, stride_captions, stride_scores, stride_gradient,
+    stride_images, stride_captions, stride_score_rows, stride_score_columns, stride_gradient,
     row_start, row_stop, num_columns, num_pairs, D,
-    STORED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SOURCE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HALVINGS: tl.constexpr, ACC: tl.constexpr,
+    HALVINGS: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     c = base2_scale(scale, scale_rest, scale_ptr, ACC)
     # Poisoned input: every logsumexp is NaN, and so becomes every entry.
@@ -209,16 +224,17 @@ def logsumexp_gradient_kernel(
         row = row_start + row_tile * BLOCK_M
         column = column_tile * BLOCK_N
         acc = score_tile(
-            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions, stride_scores,
+            images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
+            stride_score_rows, stride_score_columns,
             row, row_start, row_stop, column, num_columns, D,
-            STORED, False, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            SOURCE, False, PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
         d_scale = logsumexp_gradient_tile(
             acc, c, image_ids_ptr, caption_ids_ptr, logsumexp_ptr, d_logsumexp_ptr, d_positive_ptr,
             gradient_ptr, stride_gradient, factor,
             row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N, HALVINGS,
-            d_scale_ptr is not None,
+            d_scale_ptr is not None, ORDER,
         )  # fmt: skip
         if d_scale_ptr is not None:
             tl.store(d_scale_ptr + tile, d_scale * poison)
@@ -230,6 +246,7 @@ def logsumexp_gradient_tile(
     gradient_ptr, stride_gradient, factor,
     row, row_start, row_stop, column, num_columns, num_pairs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVINGS: tl.constexpr, NEED_SCALE: tl.constexpr,
+    ORDER: tl.constexpr,
 ):  # fmt: skip
     """Stores the tile's gradient, half of the columns at a time, and returns its share of d_scale."""
     if HALVINGS > 0:
@@ -238,19 +255,20 @@ def logsumexp_gradient_tile(
             left, c, image_ids_ptr, caption_ids_ptr, logsumexp_ptr, d_logsumexp_ptr, d_positive_ptr,
             gradient_ptr, stride_gradient, factor,
             row, row_start, row_stop, column, num_columns, num_pairs,
-            BLOCK_M, BLOCK_N // 2, HALVINGS - 1, NEED_SCALE,
+            BLOCK_M, BLOCK_N // 2, HALVINGS - 1, NEED_SCALE, ORDER,
         )  # fmt: skip
         d_scale += logsumexp_gradient_tile(
             right, c, image_ids_ptr, caption_ids_ptr, logsumexp_ptr, d_logsumexp_ptr, d_positive_ptr,
             gradient_ptr, stride_gradient, factor,
             row, row_start, row_stop, column + BLOCK_N // 2, num_columns, num_pairs,
-            BLOCK_M, BLOCK_N // 2, HALVINGS - 1, NEED_SCALE,
+            BLOCK_M, BLOCK_N // 2, HALVINGS - 1, NEED_SCALE, ORDER,
         )  # fmt: skip
     else:
         d_scale = logsumexp_gradient_part(
             acc, c, image_ids_ptr, caption_ids_ptr, logsumexp_ptr, d_logsumexp_ptr, d_positive_ptr,
             gradient_ptr, stride_gradient, factor,
             row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N, NEED_SCALE,
+            ORDER,
         )  # fmt: skip
     return d_scale
 
@@ -276,7 +294,7 @@ def logsumexp_gradient_part(
     acc, c, image_ids_ptr, caption_ids_ptr, logsumexp_ptr, d_logsumexp_ptr, d_positive_ptr,
     gradient_ptr, stride_gradient, factor,
     row, row_start, row_stop, column, num_columns, num_pairs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEED_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NEED_SCALE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = column + tl.arange(0, BLOCK_N)
@@ -294,6 +312,8 @@ def logsumexp_gradient_part(
     d_scale = tl.zeros((), acc.dtype)
     if NEED_SCALE:
         d_scale += tl.sum(tl.sum(gradient * acc, 1), 0) / (c * LN_2)
+    if ORDER:
+        gradient = over_distance(gradient, acc)
     store_gradient(
         gradient_ptr, stride_gradient, gradient, d_positive_ptr, factor,
         row, row_start, row_stop, column, num_columns, num_pairs, BLOCK_M, BLOCK_N,

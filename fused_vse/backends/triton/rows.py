@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .order import order_score
+
 # Programs of survey_kernel, each of which leaves one column of bounds: 4 for each of 132 SMs, rounded.
 SURVEY_PROGRAMS = tl.constexpr(512)
 OVERFLOW = tl.constexpr(3.0e38)
@@ -28,7 +30,7 @@ def load_block(pointer, stride, offs_row, num_rows, offs_d, D, ACC: tl.constexpr
     return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 
-# positive[k] = sum_d I[k, d] T[k, d]
+# positive[k] = sum_d I[k, d] T[k, d], or if ORDER -|max(0, T[k] - I[k])|_2
 # bounds[0] = max |I|, bounds[1] = max |T|, bounds[2] = max_i |I_i|^2, bounds[3] = max_j |T_j|^2
 #
 #   for rows in my share of 0 .. max(N, M):
@@ -37,7 +39,7 @@ def load_block(pointer, stride, offs_row, num_rows, offs_d, D, ACC: tl.constexpr
 def survey_kernel(
     images_ptr, captions_ptr, positive_ptr, bounds_ptr,
     stride_images, stride_captions, num_images, num_captions, num_pairs, D,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    ORDER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     BITS: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32
@@ -48,7 +50,7 @@ def survey_kernel(
     num_rows = tl.maximum(num_images, num_captions)
     for row in tl.range(program * BLOCK_R, num_rows, SURVEY_PROGRAMS * BLOCK_R):
         offs_row = row + tl.arange(0, BLOCK_R)
-        dot = tl.zeros((BLOCK_R, BLOCK_D), ACC)
+        total = tl.zeros((BLOCK_R, BLOCK_D), ACC)
         image_square = tl.zeros((BLOCK_R, BLOCK_D), ACC)
         caption_square = tl.zeros((BLOCK_R, BLOCK_D), ACC)
         for d in tl.range(0, D, BLOCK_D):
@@ -57,12 +59,19 @@ def survey_kernel(
             caption = load_block(
                 captions_ptr, stride_captions, offs_row, num_captions, offs_d, D, ACC
             )
-            dot += image * caption
+            if ORDER:
+                excess = tl.maximum(caption - image, 0.0)
+                total += excess * excess
+            else:
+                total += image * caption
             image_square += image * image
             caption_square += caption * caption
             max_image = tl.maximum(max_image, magnitude_bits(image))
             max_caption = tl.maximum(max_caption, magnitude_bits(caption))
-        tl.store(positive_ptr + offs_row, tl.sum(dot, 1), mask=offs_row < num_pairs)
+        positive = tl.sum(total, 1)
+        if ORDER:
+            positive = order_score(positive)
+        tl.store(positive_ptr + offs_row, positive, mask=offs_row < num_pairs)
         max_image_norm = tl.maximum(max_image_norm, magnitude_bits(tl.sum(image_square, 1)))
         max_caption_norm = tl.maximum(max_caption_norm, magnitude_bits(tl.sum(caption_square, 1)))
     tl.store(bounds_ptr + program, tl.max(tl.max(max_image, 1), 0))
@@ -80,13 +89,23 @@ def load_bound(bounds_ptr, which: tl.constexpr, num_bounds, ACC: tl.constexpr):
 
 
 @triton.jit
-def is_poisoned(bounds_ptr, num_bounds, D, ACC: tl.constexpr):
-    """Whether any embedding is not finite, or |score| <= D max|I| max|T| might overflow."""
+def is_poisoned(bounds_ptr, num_bounds, D, FAMILY: tl.constexpr, ACC: tl.constexpr):
+    """Whether anything in the input is not finite, or so large that a score might overflow.
+
+    FAMILY "dot" and "order": the bounds of survey_kernel, with |score| <= D max|I| max|T| and
+    score^2 <= 2 D (max|I|^2 + max|T|^2). "scores": max|S| of leave_bound; differences must not overflow.
+    """
     limit: tl.constexpr = OVERFLOW_FLOAT64 if ACC == tl.float64 else OVERFLOW
-    largest_image = load_bound(bounds_ptr, 0, num_bounds, ACC)
-    largest_caption = load_bound(bounds_ptr, 1, num_bounds, ACC)
+    bound = load_bound(bounds_ptr, 0, num_bounds, ACC)
+    if FAMILY == "scores":
+        bound = 4 * bound
+    elif FAMILY == "order":
+        caption = load_bound(bounds_ptr, 1, num_bounds, ACC)
+        bound = 4 * D * (bound * bound + caption * caption)
+    else:
+        bound = bound * load_bound(bounds_ptr, 1, num_bounds, ACC) * D
     # NaN compares false; 0 times infinity is NaN.
-    return (largest_image * largest_caption * D < limit) == 0
+    return (bound < limit) == 0
 
 
 # normalized[r] = rows[r] * inverse_norm[r], inverse_norm[r] = 1 / max(|rows[r]|, 1e-12)

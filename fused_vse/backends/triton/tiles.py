@@ -9,6 +9,8 @@ hidden as long as it is shorter than the tile's D / BLOCK_K matrix steps (benchm
 import triton
 import triton.language as tl
 
+from .order import order_tile
+
 # The interpreter's bfloat16 tl.dot returns garbage (Triton 3.6 to 3.9), so it gets float32 operands.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -67,38 +69,62 @@ def dot_tile(
     return acc
 
 
+# Where a kernel gets its scores from (SOURCE):
+#
+#   "dot"      computed with tl.dot from the embeddings, or their descriptors
+#   "order"    computed with order_tile from the transposed embeddings
+#   "stored"   read: torch.mm or the forward pass left them in memory
+#   "given"    read: S is what the user passed, of any dtype and strides; nobody has looked at it before
 @triton.jit
 def score_tile(
-    images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions, stride_scores,
+    images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
+    stride_score_rows, stride_score_columns,
     row, row_start, row_stop, column, num_columns, D,
-    STORED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SOURCE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The scores [BLOCK_M, BLOCK_N] at (row, column), from the embeddings or, if STORED, from `scores`.
+    """The scores [BLOCK_M, BLOCK_N] at (row, column).
 
     Row 0 of `scores` is row `row_start` of S. SAVE keeps computed scores there. What lies outside the
-    rectangle holds anything.
+    rectangle holds 0 if read, anything if computed.
     """
+    READ: tl.constexpr = SOURCE == "stored" or SOURCE == "given"
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    if STORED or SAVE:
+    if READ or SAVE:
         score_ptrs = (
             scores_ptr
-            + (row - row_start + offs_m).to(tl.int64)[:, None] * stride_scores
-            + (column + offs_n)[None, :]
+            + (row - row_start + offs_m).to(tl.int64)[:, None] * stride_score_rows
+            + (column + offs_n).to(tl.int64)[None, :] * stride_score_columns
         )
         inside = (row + offs_m < row_stop)[:, None] & (column + offs_n < num_columns)[None, :]
-    if STORED:
+    if READ:
         acc = tl.load(score_ptrs, mask=inside, other=0.0)
+        if acc.dtype != tl.float64:
+            acc = acc.to(tl.float32)
     else:
-        acc = dot_tile(
-            images_ptr, captions_ptr, stride_images, stride_captions,
-            row, row_stop, column, num_columns, D,
-            PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if SOURCE == "order":
+            acc = order_tile(
+                images_ptr, captions_ptr, stride_images, stride_captions, row, column, D,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            acc = dot_tile(
+                images_ptr, captions_ptr, stride_images, stride_captions,
+                row, row_stop, column, num_columns, D,
+                PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         if SAVE:
             tl.store(score_ptrs, acc, mask=inside)
     return acc
+
+
+@triton.jit
+def leave_bound(bounds_ptr, magnitudes):
+    """bounds[program] = max |s| over the program's tiles and what it left for an earlier rectangle."""
+    largest = tl.max(tl.max(magnitudes, 1), 0)
+    pointer = bounds_ptr + tl.program_id(0)
+    tl.store(pointer, tl.maximum(tl.load(pointer), largest))
 
 
 @triton.jit

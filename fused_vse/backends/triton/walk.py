@@ -66,14 +66,17 @@ class Rectangle(NamedTuple):
 class Walk(NamedTuple):
     """A batch as the kernels take it, and how they get the scores of a tile."""
 
-    images: Tensor  # [N, D], unit inner stride
-    captions: Tensor  # [M, D], alike
-    operands: tuple[Tensor, Tensor]  # the same as tl.dot takes them, see `dot_operand`
+    family: str  # of ops: "dot", "order" or "scores"
+    images: Tensor  # [N, D], unit inner stride; of the family "scores" S itself, with any strides
+    captions: Tensor  # [M, D], alike; S^t
+    operands: tuple[
+        Tensor, Tensor
+    ]  # the same as the tiles take them: `dot_operand`, `order_operand`
     image_ids: Tensor | None
     caption_ids: Tensor | None
     num_pairs: int
     tiles: configs.Tiles
-    stored: bool  # S comes from memory: by torch.mm, or saved by the forward pass
+    source: str  # see tiles.score_tile
     precision: str
 
     def arguments(self) -> dict:
@@ -81,7 +84,7 @@ class Walk(NamedTuple):
         tiles = self.tiles
         images, captions = self.operands
         strides = {"stride_images": images.stride(0), "stride_captions": captions.stride(0)}
-        num_dimensions = images.shape[1]
+        num_dimensions = images.shape[0 if self.source == "order" else 1]
         if tiles.tma:
             images = TensorDescriptor.from_tensor(images, [tiles.block_m, tiles.block_k])
             captions = TensorDescriptor.from_tensor(captions, [tiles.block_n, tiles.block_k])
@@ -93,7 +96,7 @@ class Walk(NamedTuple):
             **strides,
             "num_pairs": self.num_pairs,
             "D": num_dimensions,
-            "STORED": self.stored,
+            "SOURCE": self.source,
             "PRECISION": self.precision,
             "TMA": tiles.tma,
             "BLOCK_M": tiles.block_m,
@@ -119,7 +122,8 @@ class Walk(NamedTuple):
     def grid(self, rectangle: Rectangle) -> tuple[int]:
         num_tiles = self.num_tiles(rectangle)
         device = device_of(self.images.device)
-        return (min(num_tiles, device.multiprocessors * self.tiles.programs_per_sm),)
+        programs = device.multiprocessors * self.tiles.programs_per_sm
+        return (min(num_tiles, programs, rows.SURVEY_PROGRAMS.value),)
 
     def num_tiles(self, rectangle: Rectangle) -> int:
         return self.row_tiles(rectangle) * self.column_tiles(rectangle)
@@ -131,11 +135,13 @@ class Walk(NamedTuple):
         return triton.cdiv(rectangle.num_columns, self.tiles.block_n)
 
     def launch(self, kernel, rectangle: Rectangle, scores: Tensor | None, **arguments) -> None:
-        """`scores`: [rows of the rectangle, >= num_columns], read if `stored`, written if SAVE."""
+        """`scores`: [rows of the rectangle, >= num_columns], read or, if SAVE, written."""
+        stride_rows, stride_columns = (0, 1) if scores is None else scores.stride()
         kernel[self.grid(rectangle)](
             **self.arguments(),
             scores_ptr=scores,
-            stride_scores=0 if scores is None else scores.stride(0),
+            stride_score_rows=stride_rows,
+            stride_score_columns=stride_columns,
             row_start=rectangle.row_start,
             row_stop=rectangle.row_stop,
             num_columns=rectangle.num_columns,
@@ -143,17 +149,26 @@ class Walk(NamedTuple):
         )
 
 
-def plan(images, captions, image_ids, caption_ids, num_pairs, saved_scores: bool = False) -> Walk:
+def plan(
+    family, images, captions, image_ids, caption_ids, num_pairs, saved_scores: bool = False
+) -> Walk:
     """`saved_scores`: S is at hand from the forward pass."""
-    kind, precision = _kind(images.dtype)
+    source, kind, precision = _source(family, images.dtype)
     if saved_scores:
-        kind = "stored"
+        source = kind = "stored"
     tiles = configs.tiles_for(kind, len(images), len(captions), device_of(images.device))
-    images, captions = unit_stride(images), unit_stride(captions)
+    if family != "scores":
+        images, captions = unit_stride(images), unit_stride(captions)
     operands = images, captions
-    if kind != "stored":
+    if source == "dot":
         operands = dot_operand(images, tiles), dot_operand(captions, tiles)
+    elif source == "order":
+        operands = (
+            order_operand(images, tiles, tiles.block_m),
+            order_operand(captions, tiles, tiles.block_n),
+        )
     return Walk(
+        family,
         images,
         captions,
         operands,
@@ -161,18 +176,31 @@ def plan(images, captions, image_ids, caption_ids, num_pairs, saved_scores: bool
         None if caption_ids is None else caption_ids.contiguous(),
         num_pairs,
         tiles,
-        kind == "stored",
+        source,
         precision,
     )
 
 
-def _kind(dtype: torch.dtype) -> tuple[str, str]:
-    """Tile family and tl.dot precision. float32 at "highest" and float64 multiply in torch.mm."""
+def plan_scores(scores, image_ids, caption_ids, num_pairs) -> Walk:
+    scores = scores.detach()
+    return plan("scores", scores, scores.t(), image_ids, caption_ids, num_pairs)
+
+
+def _source(family: str, dtype: torch.dtype) -> tuple[str, str, str]:
+    """Source of the scores, kind of tiles and tl.dot precision.
+
+    The dot products of float32 at "highest" and of float64 come from torch.mm.
+    """
+    is_double = dtype == torch.float64
+    if family == "scores":
+        return "given", "stored" if is_double else "given", "ieee"
+    if family == "order":
+        return "order", "order_float64" if is_double else "order", "ieee"
     if dtype in (torch.float16, torch.bfloat16):
-        return "bf16", "ieee"
+        return "dot", "bf16", "ieee"
     if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32", "tf32"
-    return "stored", "ieee"
+        return "dot", "tf32", "tf32"
+    return "stored", "stored", "ieee"
 
 
 def unit_stride(embeddings: Tensor) -> Tensor:
@@ -202,11 +230,22 @@ def dot_operand(embeddings: Tensor, tiles: configs.Tiles) -> Tensor:
     return padded
 
 
+def order_operand(embeddings: Tensor, tiles: configs.Tiles, block: int) -> Tensor:
+    """[D, rows] in the accumulation type, with zeros up to a multiple of BLOCK_K and for a tile that
+    begins at the last row."""
+    num_rows, num_dimensions = embeddings.shape
+    height = triton.cdiv(num_dimensions, tiles.block_k) * tiles.block_k
+    width = triton.cdiv(num_rows + block, 16) * 16
+    transposed = embeddings.new_zeros((height, width), dtype=accumulation(embeddings.dtype))
+    transposed[:num_dimensions, :num_rows] = embeddings.t()
+    return transposed
+
+
 class Survey(NamedTuple):
-    """What one look at the rows of the embeddings tells: see rows.survey_kernel."""
+    """Positive scores, and how large the input is: see rows.survey_kernel and rows.is_poisoned."""
 
     positive: Tensor  # [K]
-    bounds: Tensor  # [4, SURVEY_PROGRAMS] int32 or int64
+    bounds: Tensor  # [4, SURVEY_PROGRAMS] int32 or int64; for given scores [SURVEY_PROGRAMS]
     num_bounds: int
 
 
@@ -215,14 +254,19 @@ def survey(walk: Walk) -> Survey:
     dtype = accumulation(images.dtype)
     positive = images.new_empty(walk.num_pairs, dtype=dtype)
     bits = torch.int64 if dtype == torch.float64 else torch.int32
-    bounds = images.new_empty((4, rows.SURVEY_PROGRAMS.value), dtype=bits)
+    programs = rows.SURVEY_PROGRAMS.value
+    if walk.family == "scores":
+        # The bounds are for the walk to find: a pass over S of their own would be a second one.
+        positive.copy_(images.diagonal()[: walk.num_pairs])
+        return Survey(positive, images.new_zeros(programs, dtype=bits), programs)
+    bounds = images.new_empty((4, programs), dtype=bits)
     blocks = row_blocks(images.shape[1])
     num_rows = max(len(images), len(captions))
-    num_bounds = min(triton.cdiv(num_rows, blocks["BLOCK_R"]), rows.SURVEY_PROGRAMS.value)
+    num_bounds = min(triton.cdiv(num_rows, blocks["BLOCK_R"]), programs)
     rows.survey_kernel[(num_bounds,)](
         images, captions, positive, bounds, images.stride(0), captions.stride(0),
         len(images), len(captions), walk.num_pairs, images.shape[1],
-        **blocks, ACC=triton_accumulation(dtype), num_warps=4,
+        ORDER=walk.family == "order", **blocks, ACC=triton_accumulation(dtype), num_warps=4,
     )  # fmt: skip
     return Survey(positive, bounds, num_bounds)
 
@@ -261,20 +305,27 @@ def piece_entries(pieces: list[Rectangle]) -> int:
     return max((p.row_stop - p.row_start) * p.num_columns for p in pieces)
 
 
-def score_scratch(walk: Walk, pieces: list[Rectangle], saved: Tensor | None) -> Tensor | None:
-    """Room for the scores of any one of the rectangles, where they are neither saved nor in registers."""
-    if not walk.stored or saved is not None:
+def matrix_of(walk: Walk, scores: Tensor | None) -> Tensor | None:
+    """[N, M], where S is given or kept between the passes."""
+    if walk.family == "scores":
+        return scores.detach()
+    if scores is None or scores.numel() == 0:
+        return None
+    return scores.view(len(walk.images), -1)
+
+
+def score_scratch(walk: Walk, pieces: list[Rectangle], at_hand: Tensor | None) -> Tensor | None:
+    """Room for the scores of any one of the rectangles, where they are neither at hand nor in registers."""
+    if walk.source != "stored" or at_hand is not None:
         return None
     return walk.images.new_empty(piece_entries(pieces))
 
 
-def piece_scores(
-    walk: Walk, piece: Rectangle, saved: Tensor | None, scratch: Tensor | None
-) -> Tensor | None:
-    """Where the kernels find or leave the scores of a rectangle: `saved` [N, M] if given, else scratch."""
+def piece_scores(piece: Rectangle, at_hand: Tensor | None, scratch: Tensor | None) -> Tensor | None:
+    """Where the kernels find or leave the scores of a rectangle: `at_hand` [N, M] if any, else scratch."""
     height, width = piece.row_stop - piece.row_start, piece.num_columns
-    if saved is not None:
-        return saved[piece.row_start : piece.row_stop, :width]
+    if at_hand is not None:
+        return at_hand[piece.row_start : piece.row_stop, :width]
     return None if scratch is None else scratch[: height * width].view(height, width)
 
 

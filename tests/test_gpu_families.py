@@ -1,0 +1,165 @@
+"""The order similarity and given score matrices of the Triton backend on a GPU."""
+
+import pytest
+import torch
+from cases import CASES, Case, embeddings, ids_of
+from conftest import assert_close
+from test_gpu import LOSSES, pytestmark, worst  # noqa: F401 - pytestmark skips without a GPU
+
+from fused_vse import hardest_negatives, reference
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MEDIUM = Case("medium", 700, 700, 650, 96, "groups of five")
+LARGE = Case("large", 2304, 2200, 2176, 40)
+losses = pytest.mark.parametrize("name", LOSSES)
+kinds = pytest.mark.parametrize("kind", ["scores", "order"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs_of(kind, case, dtype=torch.float32, seed=0):
+    images, captions = (x.cuda() for x in embeddings(case, torch.float64, seed))
+    if kind == "scores":
+        return [(images @ captions.T).to(dtype)]
+    return [images.abs().to(dtype), captions.abs().to(dtype)]
+
+
+def call(function, kind, inputs, case, backend="triton"):
+    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    options = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
+    if kind == "scores":
+        return function(scores=inputs[0], backend=backend, **options)
+    return function(*inputs, similarity="order", backend=backend, **options)
+
+
+def differentiated(name, kind, inputs, case, backend="triton"):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    value = call(LOSSES[name], kind, inputs, case, backend)
+    value.backward()
+    return [value.detach(), *(x.grad for x in inputs)]
+
+
+@dtypes
+@pytest.mark.parametrize("case", [CASES[2], CASES[7], MEDIUM], ids=str)
+@kinds
+@losses
+def test_no_less_accurate_than_eager(name, kind, case, dtype):
+    inputs = inputs_of(kind, case, dtype)
+    expected = differentiated(name, kind, [x.double() for x in inputs], case, "reference")
+    plain = differentiated(name, kind, inputs, case, "reference")
+    for got, eager, want in zip(
+        differentiated(name, kind, inputs, case), plain, expected, strict=True
+    ):
+        # A few units in the last place of what is returned count as none.
+        smallest = (64 if dtype == torch.float64 else 8) * torch.finfo(got.dtype).eps
+        assert worst(got, want) <= 1.5 * worst(eager, want) + smallest
+
+
+@kinds
+def test_every_index(kind):
+    inputs = inputs_of(kind, MEDIUM)
+    got = call(hardest_negatives, kind, inputs, MEDIUM)
+    want = call(hardest_negatives, kind, [x.double() for x in inputs], MEDIUM, "reference")
+    assert_close(got.scores, want.scores, 1e-6)
+    if kind == "scores":
+        assert torch.equal(got.indices, want.indices)
+
+
+@dtypes
+@kinds
+@losses
+def test_bitwise_repeatable(name, kind, dtype):
+    inputs = inputs_of(kind, LARGE, dtype)
+    first = differentiated(name, kind, inputs, LARGE)
+    for _ in range(5):
+        torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
+        for a, b in zip(first, differentiated(name, kind, inputs, LARGE), strict=True):
+            assert torch.equal(a, b)
+
+
+@kinds
+@losses
+def test_non_finite_input_surfaces(name, kind):
+    inputs = inputs_of(kind, LARGE)
+    inputs[0][-1, 3] = torch.nan
+    result, *gradients = differentiated(name, kind, inputs, LARGE)
+    assert result.isnan() and all(x.isnan().all() for x in gradients)
+
+
+@losses
+def test_transposed_scores(name):
+    scores = inputs_of("scores", LARGE, torch.bfloat16)
+    expected = differentiated(name, "scores", scores, LARGE)
+    transposed = [scores[0].T.contiguous().T]
+    for a, b in zip(expected, differentiated(name, "scores", transposed, LARGE), strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@losses
+def test_more_than_two_to_the_31_scores(name):
+    size = 50_000
+    case = Case("", size, size, size, 16)
+    scores = torch.empty(size, size, dtype=torch.bfloat16, device="cuda").normal_()
+    scores[-1, -2] = scores[-2, -1] = 100
+    scores.requires_grad_()
+    found = call(hardest_negatives, "scores", [scores], case)
+    assert found.indices[0, -1] == size - 2 and found.indices[1, -1] == size - 2
+    call(LOSSES[name], "scores", [scores], case).backward()
+    assert scores.grad[-1].isfinite().all() and scores.grad[-1, -2] > 0 and scores.grad[-1, -1] < 0
+
+
+@losses
+def test_memory_of_the_order_similarity_is_bounded(name):
+    """The differences of all pairs would take 64 GiB."""
+    case = Case("", 16_384, 16_384, 16_384, 64)
+    inputs = inputs_of("order", case)
+    differentiated(name, "order", inputs, case)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    differentiated(name, "order", inputs, case)
+    assert torch.cuda.max_memory_allocated() - before < 400 << 20
+
+
+@kinds
+@losses
+def test_cuda_graph(name, kind):
+    static = [x.requires_grad_() for x in inputs_of(kind, LARGE)]
+
+    def step():
+        for x in static:
+            x.grad = None
+        value = call(LOSSES[name], kind, static, LARGE)
+        value.backward()
+        return value
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+    fresh = inputs_of(kind, LARGE, seed=1)
+    with torch.no_grad():
+        for x, new in zip(static, fresh, strict=True):
+            x.copy_(new)
+    graph.replay()
+    expected = differentiated(name, kind, fresh, LARGE)
+    for got, want in zip([value, *(x.grad for x in static)], expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_auto_takes_it(recwarn):
+    inputs = inputs_of("order", MEDIUM)
+    expected = reference.order_similarity(*inputs)
+    got = call(hardest_negatives, "order", inputs, MEDIUM, "auto")
+    assert not recwarn.list
+    assert_close(got.positive_scores, expected.diagonal()[: MEDIUM.pairs], 1e-6)
