@@ -248,7 +248,7 @@ class _HardestNegatives(torch.autograd.Function):
 class _NegativeLogsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, *options):
-        ctx.scale, scale_tensor, save_scores, ctx.backend = options
+        ctx.scale, scale_tensor, _, ctx.backend = options
         positive, logsumexp, scores = _ops(ctx.backend).negative_logsumexp(
             images, captions, image_ids, caption_ids, num_pairs, *options[:3]
         )
