@@ -21,6 +21,7 @@ export MAX_JOBS
 python := $(VENV)/bin/python
 installed := $(VENV)/fused_vse.installed
 native_sources := $(shell find csrc -type f)
+formatted := $(native_sources) $(wildcard tests/*.cpp)
 
 train: $(installed)
 	$(python) train_reference.py $(ARGS)
@@ -34,12 +35,12 @@ bench: $(installed)
 lint: $(installed)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(native_sources)
+	$(VENV)/bin/clang-format --dry-run -Werror $(formatted)
 
 format: $(installed)
 	$(VENV)/bin/ruff check --fix --exit-zero .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(native_sources)
+	$(VENV)/bin/clang-format -i $(formatted)
 
 install: $(installed)
 

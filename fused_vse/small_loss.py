@@ -71,22 +71,20 @@ def small_loss(
 
 
 class _SmallLoss(torch.autograd.Function):
+    # Without setup_context, for which torch inspects the signature in every call: launches are all that a
+    # small batch costs, and that alone takes longer than one.
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.fused_vse_cuda.small_loss(*arguments)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, *rest = output
+    def forward(ctx, *arguments):
+        loss, *rest = torch.ops.fused_vse_cuda.small_loss.default(*arguments)
         ctx.mark_non_differentiable(*rest)
         ctx.save_for_backward(*rest[:3])
+        return loss, *rest
 
     @staticmethod
     def backward(ctx, d_loss, *_):
         need_images, need_captions, need_scale = (ctx.needs_input_grad[i] for i in (0, 1, 7))
-        d_images, d_captions, d_scale = torch.ops.fused_vse_cuda.scale_gradients(
-            d_loss, *ctx.saved_tensors
-        )
+        scale_gradients = torch.ops.fused_vse_cuda.scale_gradients.default
+        d_images, d_captions, d_scale = scale_gradients(d_loss, *ctx.saved_tensors)
         d_images, d_captions, d_scale = first_order_only(
             d_images if need_images else None,
             d_captions if need_captions else None,

@@ -1,6 +1,7 @@
 """The small-batch loss of csrc/cuda without a GPU: its schedule, its index arithmetic, and the kernel's own
 source on the CPU (cuda_emulation.cpp) against the formulas and under the public functions."""
 
+import ctypes
 import itertools
 import re
 
@@ -62,10 +63,9 @@ def operators(library):
             scale_tensor, (need_images, need_captions),
         )  # fmt: skip
         loss, d_images, d_captions, *rest = result
-        empty = images.new_empty(0)
-        return (
-            loss, d_images if need_images else empty, d_captions if need_captions else empty, *rest
-        )  # fmt: skip
+        d_images = d_images if need_images else images.new_empty(0)
+        d_captions = d_captions if need_captions else captions.new_empty(0)
+        return loss, d_images, d_captions, *rest
 
     def scale_gradients(upstream, *gradients):
         return tuple((upstream * x).to(x.dtype) for x in gradients)
@@ -192,9 +192,9 @@ def test_temperature_and_one_sided_gradients(name, normalize, on_cpu):
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
-@pytest.mark.parametrize("resident", [8, 16, 132])
+@pytest.mark.parametrize("resident", [8, 132])
 @pytest.mark.parametrize("kind", cuda_emulation.KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_any_cluster_and_any_grid(dtype, kind, resident, cluster, library):
     """More tiles than blocks, slices without a chunk, threads and blocks in another order: same bits."""
     case = SEVERAL_TILES
@@ -254,14 +254,20 @@ def test_tiny_float16_gradients_do_not_underflow(library):
     )
 
 
-def test_every_score_is_computed_once(library):
-    """preferred_cluster: a power of two, at most 16 strips, and a chunk of D for each of its blocks."""
+def test_the_preferred_cluster(library):
+    """A power of two, at most 16 strips, and a chunk of D for each of its blocks."""
     for n, d, size in itertools.product(range(1, 513, 7), (1, 64, 65, 256, 1024, 1025), (2, 4)):
         cluster = library.preferred_cluster_of(n, d, size)
         assert cluster in (1, 2, 4, 8)
         assert cluster * -(-n // 64) <= 16
         assert cluster == 1 or cluster * 128 <= d * size
     assert library.preferred_cluster_of(128, 1024, 2) == 8
+
+
+def test_index_arithmetic_against_brute_force(library):
+    """Every element, byte, chunk and tile belongs to one thread, place, block and job."""
+    library.index_arithmetic_error.restype = ctypes.c_char_p
+    assert library.index_arithmetic_error() is None
 
 
 def test_limits_agree_with_the_kernel():
@@ -324,7 +330,22 @@ def test_scores_and_statistics_are_not_taken(on_cpu, monkeypatch):
         hardest_negatives(torch.ones(2, 2), torch.ones(2, 2), backend="cuda")
 
 
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fakes_describe_the_results(dtype, need, operators):
+    images, captions = embeddings(CASES[7], dtype)
+    batch = images, captions, None, None, 33
+    options = 0, 1.0, torch.tensor(10.0), 0.0, 1.0, 1.0, True, *need
+    checks = "test_schema", "test_faketensor"
+    op = torch.ops.fused_vse_cuda.small_loss.default
+    torch.library.opcheck(op, (*batch, *options), test_utils=checks)
+    gradients = op(*batch, *options)[1:4]
+    scale = torch.ops.fused_vse_cuda.scale_gradients.default
+    torch.library.opcheck(scale, (torch.tensor(2.0), *gradients), test_utils=checks)
+
+
 def test_full_graph_compilation(on_cpu):
+    torch.compiler.reset()  # other tests compile other versions of the same code
     pair = embeddings(CASES[7], torch.float32)
     expected = differentiated(all_negatives_loss, pair, CASES[7], "cuda")
     compiled = torch.compile(all_negatives_loss, fullgraph=True, backend="aot_eager")

@@ -20,9 +20,9 @@
 //
 // Everything is summed in an order that the shapes alone decide: the result has the same bits every time.
 //
-// Resources: 256 threads; 91 KiB of shared memory, 64 KiB of it stages; registers for one block on a
-// multiprocessor, which keeps loads in flight instead of other blocks; no stack. The launch is cooperative:
-// all of its blocks run at the same time.
+// Resources: 256 threads; 87 KiB of shared memory, 64 KiB of it stages; at most 128 registers, so that two
+// blocks fit a multiprocessor of Hopper, one of Ampere; no stack. The launch is cooperative: all of its
+// blocks run at the same time.
 #include <array>
 #include <map>
 #include <mutex>
@@ -41,7 +41,7 @@ using namespace small;
 static_assert(sizeof(Shared) <= 99 << 10, "more shared memory than a block may have on sm_86 and sm_89");
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS, 1) small_loss_kernel(const __grid_constant__ Problem<T> x) {
+__global__ void __launch_bounds__(THREADS, 2) small_loss_kernel(const __grid_constant__ Problem<T> x) {
   extern __shared__ __align__(128) unsigned char memory[];
   const int cluster = x.plan.cluster;
   const Block<Shared> block{reinterpret_cast<Shared*>(memory), int(blockIdx.x), int(gridDim.x),
@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(THREADS, 1) small_loss_kernel(const __grid_con
     }
     cg::this_grid().sync();
   }
-  const bool poisoned = is_poisoned(x);
-  merge_statistics(block, x, poisoned, block.rank == block.grid - 1);
+  const bool poisoned = merge_statistics(block, x, block.rank == block.grid - 1);
   for (int job = block.rank; job < x.plan.jobs(); job += block.grid)
     multiply_gradient(block, x, job, poisoned);
 }

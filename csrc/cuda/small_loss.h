@@ -51,6 +51,11 @@ struct Problem {
     return ids ? ids[i] : i;
   }
   SIMT float score(int i, int j) const { return scores[i * captions.count + j]; }
+  SIMT void report(int side, int i, float positive_score, float hardest_score, int hardest_index) const {
+    if (side == 0) positive[i] = positive_score;
+    hardest[side * k + i] = hardest_score;
+    index[side * k + i] = hardest_index;
+  }
   // A float16 weight exp(..) / sum would underflow where the gradient matters; the sum of two stays below
   // 65504.
   static constexpr float GAIN = std::is_same_v<T, Half> ? 16384.0f : 1.0f;
@@ -185,28 +190,20 @@ SIMT void strip_statistics(const Block<Shared>& block, const Problem<T>& x, int 
   });
 }
 
-// Whether the loss is to be NaN; a barrier.
-template <typename T>
-SIMT bool is_poisoned(const Problem<T>& x) {
-  PerThread<bool> bad;
-  for_each_thread([&](int thread) {
-    const float alpha = x.alpha();
-    bad[thread] = !(alpha > 0 && alpha <= std::numeric_limits<float>::max());
-    for (int i = thread; i < x.plan.tiles() * x.plan.cluster; i += THREADS)
-      if (x.not_finite[i]) bad[thread] = true;
-  });
-  return any_thread(bad);
-}
-
 // What follows from the statistics for every anchor, into shared memory; the block with `report` also writes
-// the loss and the statistics.
+// the loss and the statistics. Returns whether all results are to be NaN.
 template <typename T>
-SIMT void merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool poisoned, bool report) {
+SIMT bool merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool report) {
   Shared& shared = *block.shared;
   const int n = x.images.count, m = x.captions.count;
   const float alpha = x.alpha();
+  PerThread<bool> bad;
   for_each_thread([&](int thread) {
+    bad[thread] = !(alpha > 0 && alpha <= std::numeric_limits<float>::max());
+    for (int i = thread; i < x.plan.tiles() * x.plan.cluster; i += THREADS)
+      if (x.not_finite[i]) bad[thread] = true;
     float loss = 0, d_alpha = 0;
+#pragma unroll 1
     for (int a = thread; a < n + m; a += THREADS) {
       const int side = a >= n, i = side ? a - n : a;
       Anchor anchor = no_anchor();
@@ -216,11 +213,7 @@ SIMT void merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
         const Statistic sum = merged(x.kind, alpha, count, [&](int part) { return parts[part * step + i]; });
         const float positive = x.score(i, i);
         anchor = anchor_of(x.kind, sum, positive, alpha, x.margin, x.weight_of(side));
-        if (report) {
-          if (side == 0) x.positive[i] = poisoned ? NOT_A_NUMBER : positive;
-          x.hardest[side * x.k + i] = poisoned ? NOT_A_NUMBER : sum.max;
-          x.index[side * x.k + i] = poisoned ? -1 : sum.index;
-        }
+        if (report) x.report(side, i, positive, sum.max, sum.index);
       }
       shared.reference[side][i] = anchor.reference;
       shared.weight[side][i] = anchor.weight * x.GAIN;
@@ -231,8 +224,8 @@ SIMT void merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
     shared.loss[thread] = loss;
     shared.d_alpha[thread] = d_alpha;
   });
-  block_sync();
-  if (!report) return;
+  const bool poisoned = any_thread(bad);
+  if (!report) return poisoned;
   for (int width = THREADS / 2; width > 0; width /= 2) {
     for_each_thread([&](int thread) {
       if (thread >= width) return;
@@ -242,10 +235,16 @@ SIMT void merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
     block_sync();
   }
   for_each_thread([&](int thread) {
-    if (thread > 0) return;
-    *x.loss = poisoned ? NOT_A_NUMBER : shared.loss[0] * x.reduction;
-    *x.d_scale = poisoned ? NOT_A_NUMBER : shared.d_alpha[0] * x.reduction * x.scale;
+    if (thread == 0) {
+      *x.loss = poisoned ? NOT_A_NUMBER : shared.loss[0] * x.reduction;
+      *x.d_scale = poisoned ? NOT_A_NUMBER : shared.d_alpha[0] * x.reduction * x.scale;
+    }
+    // Over what the same thread wrote above.
+#pragma unroll 1
+    for (int a = thread; poisoned && a < n + m; a += THREADS)
+      if (const int i = a < n ? a : a - n; i < x.k) x.report(a >= n, i, NOT_A_NUMBER, NOT_A_NUMBER, -1);
   });
+  return poisoned;
 }
 
 // G of 64 rows of one side by a chunk of rows of the other, into stage.a; for captions it is transposed.
@@ -261,23 +260,26 @@ SIMT void fill_gradient_of_scores(const Block<Shared>& block, const Problem<T>& 
     return job.of_images ? Coordinate{own, other} : Coordinate{other, own};
   };
   for_each_thread([&](int thread) {
-    constexpr int COUNT = TILE * CHUNK<T> / THREADS;
-    float s[COUNT];  // all loads before the first use
+    constexpr int BATCH = 8;  // loads before the first use
+#pragma unroll 1
+    for (int first_e = thread; first_e < TILE * CHUNK<T>; first_e += BATCH * THREADS) {
+      float s[BATCH];
 #pragma unroll
-    for (int q = 0; q < COUNT; ++q) {
-      const Coordinate at = place_of(thread + q * THREADS);
-      const bool inside = at.row < x.images.count && at.col < x.captions.count;
-      s[q] = x.score(inside ? at.row : 0, inside ? at.col : 0);
-    }
+      for (int q = 0; q < BATCH; ++q) {
+        const Coordinate at = place_of(first_e + q * THREADS);
+        const bool inside = at.row < x.images.count && at.col < x.captions.count;
+        s[q] = x.score(inside ? at.row : 0, inside ? at.col : 0);
+      }
 #pragma unroll
-    for (int q = 0; q < COUNT; ++q) {
-      const int e = thread + q * THREADS;
-      const auto [i, j] = place_of(e);
-      float g = 0;
-      if (i < x.images.count && j < x.captions.count && x.id(0, i) != x.id(1, j))
-        g = gradient_of(x.kind, alpha, s[q], j, shared.reference[0][i], shared.weight[0][i]) +
-            gradient_of(x.kind, alpha, s[q], i, shared.reference[1][j], shared.weight[1][j]);
-      at<T, CHUNK_BYTES>(stage.a, row_of(e), job.of_images ? e % CHUNK<T> : e / TILE) = T(g);
+      for (int q = 0; q < BATCH; ++q) {
+        const int e = first_e + q * THREADS;
+        const auto [i, j] = place_of(e);
+        float g = 0;
+        if (i < x.images.count && j < x.captions.count && x.id(0, i) != x.id(1, j))
+          g = gradient_of(x.kind, alpha, s[q], j, shared.reference[0][i], shared.weight[0][i]) +
+              gradient_of(x.kind, alpha, s[q], i, shared.reference[1][j], shared.weight[1][j]);
+        at<T, CHUNK_BYTES>(stage.a, row_of(e), job.of_images ? e % CHUNK<T> : e / TILE) = T(g);
+      }
     }
   });
 }
