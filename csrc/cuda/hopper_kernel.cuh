@@ -1,23 +1,23 @@
 // One pass over S = I T^t for sm_90a: the row and the column statistics of every tile, S never stored.
 //
-//   s_ij = <I_i, T_j>;   item(i) = merge over the negatives j of i,   item(j) = merge over the negatives i of
-//   j
+//   s_ij = <I_i, T_j>
+//   item(i) = merge over the negatives j of i,  item(j) = merge over the negatives i of j
 //
 // A block is one producer warp and two consumer warpgroups that take turns ("ping-pong"): while one
 // multiplies, the other reduces the tile that it has just multiplied.
 //
-//   producer                            consumer w = 0, 1
-//   for my tiles:                       for every second of my tiles:
-//     for k in D / 64:                    wait for my turn
-//       wait until stage is empty         for k in D / 64:
-//       copy I[128 rows, k] to it           wait until stage is full
-//       copy my half of T[192 rows, k]      acc += I[128, k] T[192, k]^t             8 wgmma, asynchronous
-//         to it, in both blocks             wait for the step before; tell both blocks that its stage is
-//         empty
-//                                         give the turn to the other
-//                                         wait for the last step; its stage is empty
-//                                         reduce acc: within a thread, across lanes by swap-shuffle, and the
-//                                           columns across the 4 warps through shared memory; store
+//   producer                              consumer w = 0, 1
+//   for my tiles:                         for every second of my tiles:
+//     for k in D / 64:                      wait for my turn
+//       wait until the stage is empty       for k in D / 64:
+//       copy I[128 rows, k] to it             wait until the stage is full
+//       copy my half of T[192 rows, k]        acc += I[128, k] T[192, k]^t: 8 wgmma, asynchronous
+//         to it, in both blocks               wait for the step before; its stage is empty, in both blocks
+//                                           give the turn to the other
+//                                           wait for the last step; its stage is empty
+//                                           reduce acc: within a thread; across lanes by swap-shuffle;
+//                                             columns across the 4 warps, in shared memory
+//                                           store the items
 //
 // The turn changes before the last products are done, so that the tensor cores always have work queued. The
 // epilogue stays hidden as long as it takes less than the other's multiplication, 12 D clocks.
