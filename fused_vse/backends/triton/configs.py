@@ -56,7 +56,7 @@ STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
 GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
 # Order similarity: three instructions a difference. With fewer rows or columns than threads Triton loads
 # both operands in the layout of the tile; beyond, it would exchange them through shared memory.
-ORDER = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
+ORDER = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
 ORDER_SMALL = Tiles(32, 32, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
 # float32 multiply-adds outside the tensor cores: 32 accumulators a thread leave room for the operands.
 EXACT = Tiles(64, 64, 16, num_warps=4, num_stages=3, programs_per_sm=2)
