@@ -179,7 +179,7 @@ def check_temperature(temperature: object, device: torch.device) -> float | Tens
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -195,7 +195,7 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> float | Te
 def check_margin(margin: object) -> float:
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise TypeError(f"margin must be a float, got {_describe(margin)}")
-    if not math.isfinite(margin):
+    if not -math.inf < margin < math.inf:  # torch.compile traces comparisons, not math.isfinite
         raise ValueError(f"margin must be finite, got {margin}")
     return float(margin)
 
@@ -207,7 +207,7 @@ def check_direction_weights(weights: object) -> tuple[float, float]:
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"{expected}, got {_describe(weights)}")
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight < math.inf:
             raise ValueError(f"{expected}, got {weights!r}")
     return float(weights[0]), float(weights[1])
 

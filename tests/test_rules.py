@@ -254,6 +254,20 @@ def test_compiles_without_graph_breaks(loss, backend):
         assert_close(a, b, 1e-6)
 
 
+def test_compiles_with_temperature_and_margin_that_change(loss, backend):
+    """From the second value on, torch.compile makes a float an input of the graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for margin in (0.1, 0.15, 0.2):
+        pair = embeddings(CASES[2], torch.float32)
+        result = compiled(*pair, margin=margin, backend=backend)
+        assert_close(result, loss(*pair, margin=margin, backend=backend), 1e-6)
+    if loss not in (ALL["hinge_sum"], ALL["hinge_max"]):
+        for temperature in (0.1, 0.15, 0.2):
+            result = compiled(*pair, temperature=temperature, backend=backend)
+            assert_close(result, loss(*pair, temperature=temperature, backend=backend), 1e-6)
+
+
 @pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
 def test_compiles_with_inductor_and_a_learnable_temperature():
     backend = "cpu"
