@@ -162,9 +162,12 @@ def hardest_negative_loss(
     batch, backend = prepare(batch, normalize, similarity, backend)
 
     hardest = hardest_statistic(batch, backend)
-    violation = _violation(hardest, margin)
-    loss = -logsigmoid(-scale * violation) if smooth else scale * violation.relu()
-    loss = _reduce(_only_with_negatives(loss, hardest), weights, reduction)
+    violation, alone = _violation(hardest, margin)
+    if smooth:
+        loss = torch.where(alone, 0, -logsigmoid(-scale * violation))
+    else:
+        loss = scale * violation.relu()
+    loss = _reduce(loss, weights, reduction)
     return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
 
 
@@ -207,7 +210,7 @@ def hinge_loss(
 
     if hardest:
         negatives = hardest_statistic(batch, backend)
-        loss = _only_with_negatives(_violation(negatives, margin).relu(), negatives)
+        loss = _violation(negatives, margin)[0].relu()
     else:
         _, loss, _ = hinge_statistic(batch, margin, backend)
     loss = _reduce(loss, weights, reduction)
@@ -223,16 +226,11 @@ def _check_reduction(direction_weights: object, reduction: object) -> tuple[floa
     return arguments.check_direction_weights(direction_weights)
 
 
-def _violation(hardest: HardestNegatives, margin: float) -> Tensor:
-    """m + h - p [2, K]; 0 for an anchor without negatives, whose -inf would make NaN gradients."""
-    found = hardest.indices >= 0
-    scores = torch.where(found, hardest.scores, hardest.positive_scores)
-    return scores - hardest.positive_scores + margin
-
-
-def _only_with_negatives(loss: Tensor, hardest: HardestNegatives) -> Tensor:
-    # A NaN score has no index either, and must not be hidden.
-    return torch.where(hardest.scores == -torch.inf, 0, loss)
+def _violation(hardest: HardestNegatives, margin: float) -> tuple[Tensor, Tensor]:
+    """m + h - p, or 0 for an anchor without negatives, and which anchors those are; both [2, K]."""
+    alone = hardest.scores == -torch.inf  # not by the index, which a NaN score lacks, too
+    violation = hardest.scores - hardest.positive_scores + margin
+    return torch.where(alone, 0, violation), alone
 
 
 def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:
