@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from . import arguments
+from . import anchor_losses, arguments
 from .arguments import Batch, ScoreMatrix, check_batch, check_temperature, inverse_temperature
 from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, small_loss, takes
 from .statistics import (
@@ -103,11 +102,10 @@ def all_negatives_loss(
         return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
     batch, backend = prepare(batch, normalize, similarity, backend)
 
-    positive, logsumexp = logsumexp_statistic(batch, scale, backend)
-    # -log(e^αp / (e^αp + e^(lse + αm))) = softplus(lse + α(m - p)), whose terms nearly cancel
-    difference = scale * (positive.to(logsumexp.dtype) - margin) - logsumexp
-    loss = -logsigmoid(difference).to(positive.dtype)
-    loss = _reduce(loss, weights, reduction)
+    statistic = logsumexp_statistic(batch, scale, backend)
+    loss = _reduce(
+        anchor_losses.all_negatives(statistic, scale, margin, backend), weights, reduction
+    )
     return (loss, _statistics(batch, margin, backend)) if return_statistics else loss
 
 
@@ -162,11 +160,7 @@ def hardest_negative_loss(
     batch, backend = prepare(batch, normalize, similarity, backend)
 
     hardest = hardest_statistic(batch, backend)
-    violation, alone = _violation(hardest, margin)
-    if smooth:
-        loss = torch.where(alone, 0, -logsigmoid(-scale * violation))
-    else:
-        loss = scale * violation.relu()
+    loss = anchor_losses.hardest_negative(hardest, scale, margin, smooth, backend)
     loss = _reduce(loss, weights, reduction)
     return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
 
@@ -210,7 +204,7 @@ def hinge_loss(
 
     if hardest:
         negatives = hardest_statistic(batch, backend)
-        loss = _violation(negatives, margin)[0].relu()
+        loss = anchor_losses.hardest_negative(negatives, 1.0, margin, False, backend)
     else:
         _, loss, _ = hinge_statistic(batch, margin, backend)
     loss = _reduce(loss, weights, reduction)
@@ -224,13 +218,6 @@ def hinge_loss(
 def _check_reduction(direction_weights: object, reduction: object) -> tuple[float, float]:
     arguments.check_choice("reduction", reduction, REDUCTIONS)
     return arguments.check_direction_weights(direction_weights)
-
-
-def _violation(hardest: HardestNegatives, margin: float) -> tuple[Tensor, Tensor]:
-    """m + h - p, or 0 for an anchor without negatives, and which anchors those are; both [2, K]."""
-    alone = hardest.scores == -torch.inf  # not by the index, which a NaN score lacks, too
-    violation = hardest.scores - hardest.positive_scores + margin
-    return torch.where(alone, 0, violation), alone
 
 
 def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:
