@@ -65,9 +65,9 @@ INTERPRETER = Tiles(64, 32, 64, num_warps=4, num_stages=1, programs_per_sm=4)
 
 # Partial results: 32 slots x 32 anchors are whole 128-byte lines, and few steps for 1000 slots.
 MERGE = {"BLOCK_S": 32, "BLOCK_A": 32, "num_warps": 4}
-# Gradients of the order similarity: 16 accumulators a thread, for 4 rows.
+# Gradients of the order similarity: 16 accumulators a thread; in float64 4, or the stack is used.
 ORDER_SUMS = {"BLOCK_R": 32, "BLOCK_D": 64, "BLOCK_J": 64, "num_warps": 4}
-ORDER_SUMS_FLOAT64 = {"BLOCK_R": 32, "BLOCK_D": 32, "BLOCK_J": 64, "num_warps": 4}
+ORDER_SUMS_FLOAT64 = {"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_J": 64, "num_warps": 4}
 # The gradient of given scores where it is sparse: written once, 512 bytes of bfloat16 to a row.
 SPARSE_GRADIENT = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
 # Up to this many pairs, the sparse backward pass finds its entries by looking through all of them.

@@ -124,19 +124,21 @@ def order_sums_kernel(
     rows = offs_r.to(tl.int64)
     own = tl.load(own_ptr + rows[:, None] * stride_own + offs_d[None, :], mask=mask, other=0.0)
     own = own.to(ACC)
-    weight_ptrs = weights_ptr + rows * stride_weights_own
     total_ptrs = total_ptr + rows[:, None] * D + offs_d[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     if CARRY:
         acc += tl.load(total_ptrs, mask=mask, other=0.0)
+    # Scalars move on, as in order_tile: vectors of pointers would fix a layout that is not that of `own`.
     for first in tl.range(0, num_others, BLOCK_J):
         part = tl.zeros((BLOCK_R, BLOCK_D), ACC)
         for step in tl.range(0, BLOCK_J, loop_unroll_factor=UNROLL):
             there = tl.where(first + step < num_others, 1, 0)
-            weight = tl.load(weight_ptrs, mask=offs_r < there * num_own, other=0.0)
+            weight = tl.load(
+                weights_ptr + rows * stride_weights_own, mask=offs_r < there * num_own, other=0.0
+            )
             other = tl.load(others_ptr + offs_d, mask=offs_d < there * D, other=0.0)
             part += weight[:, None] * pull(other.to(ACC)[None, :], own, SIDE)
-            weight_ptrs += stride_weights_others
+            weights_ptr += stride_weights_others
             others_ptr += stride_others
         acc += part
     tl.store(total_ptrs, acc.to(total_ptr.dtype.element_ty), mask=mask)
