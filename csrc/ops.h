@@ -98,7 +98,8 @@
 //   kind  0 all negatives, 1 hardest negative, 2 its smooth form, 3 sum of hinges
 //   loss [] = the sum over both rows of the anchors' losses, times image_weight or caption_weight, divided by
 //     K if mean; alpha = scale * (scale_tensor [] or 1) is 1 / temperature, 1 for the hinge of the hardest
-//   d_images, d_captions, d_scale []  its gradients, d_scale for scale_tensor
+//   d_images [N, D], d_captions [M, D], d_scale [] (for scale_tensor)  its gradients for upstream 1; float32
+//     for every dtype: an upstream that saves them from underflow in float16 comes later
 //   positive, score, index  as of hardest_negatives
 #define SMALL_LOSS_SCHEMA                                                                      \
   "small_loss(Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, "        \
@@ -106,7 +107,8 @@
   "float image_weight, float caption_weight, bool mean, bool need_images, bool need_captions)" \
   " -> (Tensor loss, Tensor d_images, Tensor d_captions, Tensor d_scale, Tensor positive, "    \
   "Tensor score, Tensor index)"
-// The backward pass of small_loss: its gradients times upstream [] float.
-#define SCALE_GRADIENTS_SCHEMA                                                               \
-  "scale_gradients(Tensor upstream, Tensor d_images, Tensor d_captions, Tensor d_scale) -> " \
-  "(Tensor, Tensor, Tensor)"
+// The backward pass of small_loss: its gradients times upstream [] float32, d_images and d_captions then
+// rounded, once, to the dtype of `like`: the embeddings', of which nothing else is looked at.
+#define SCALE_GRADIENTS_SCHEMA                                                            \
+  "scale_gradients(Tensor upstream, Tensor d_images, Tensor d_captions, Tensor d_scale, " \
+  "Tensor like) -> (Tensor d_images, Tensor d_captions, Tensor d_scale)"

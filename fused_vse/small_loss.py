@@ -1,7 +1,8 @@
 """A whole loss of a small batch as one op: statistics, loss and gradients in one launch (csrc/ops.h).
 
-Its backward pass scales the gradients that the forward pass left. Only the cuda backend has the op; the
-losses composed of the statistics are its oracle, and take whatever it does not.
+Its backward pass scales the gradients, which the forward pass left in float32, and rounds them to the
+embeddings' dtype. Only the cuda backend has the op; the losses composed of the statistics are its oracle,
+and take whatever it does not.
 """
 
 import torch
@@ -75,7 +76,7 @@ class _SmallLoss(torch.autograd.Function):
     def forward(ctx, *arguments):
         loss, *rest = torch.ops.fused_vse_cuda.small_loss.default(*arguments)
         ctx.mark_non_differentiable(*rest)
-        ctx.save_for_backward(*rest[:3])
+        ctx.save_for_backward(*rest[:3], arguments[0])  # for its dtype
         return loss, *rest
 
     @staticmethod

@@ -22,8 +22,7 @@ struct Arguments {
   const float* scale_tensor;
   float image_weight, caption_weight, reduction;
   int need_images, need_captions, cluster, resident, aligned, backwards;
-  void *d_images, *d_captions;
-  float *loss, *d_scale, *positive, *hardest;
+  float *d_images, *d_captions, *loss, *d_scale, *positive, *hardest;
   int64_t* index;
 };
 
@@ -90,8 +89,8 @@ void run(const Arguments& a) {
       reinterpret_cast<Statistic*>(&workspace[at.of_rows]),
       reinterpret_cast<Statistic*>(&workspace[at.of_columns]),
       reinterpret_cast<int*>(&workspace[at.not_finite]),
-      static_cast<T*>(a.d_images),
-      static_cast<T*>(a.d_captions),
+      a.d_images,
+      a.d_captions,
       a.loss,
       a.d_scale,
       a.positive,

@@ -95,8 +95,8 @@ def small_loss(
     largest = max(weights) or 1.0
     result = Result(
         torch.empty(()),
-        torch.empty_like(images),
-        torch.empty_like(captions),
+        torch.empty_like(images, dtype=torch.float32),
+        torch.empty_like(captions, dtype=torch.float32),
         torch.empty(()),
         torch.empty(k),
         torch.empty(2, k),

@@ -6,10 +6,21 @@ import itertools
 import re
 
 import cuda_emulation
+import eager
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+from cases import (
+    CASES,
+    TRAINED,
+    UPSTREAMS,
+    Case,
+    embeddings,
+    ids_of,
+    integer_embeddings,
+    trained_embeddings,
+)
 from conftest import assert_close
+from eager import relative
 
 from fused_vse import all_negatives_loss, dispatch, hardest_negative_loss, hinge_loss
 from fused_vse.backends import cuda, fakes
@@ -63,12 +74,13 @@ def operators(library):
             scale_tensor, (need_images, need_captions),
         )  # fmt: skip
         loss, d_images, d_captions, *rest = result
-        d_images = d_images if need_images else images.new_empty(0)
-        d_captions = d_captions if need_captions else captions.new_empty(0)
+        d_images = d_images if need_images else d_images.new_empty(0)
+        d_captions = d_captions if need_captions else d_captions.new_empty(0)
         return loss, d_images, d_captions, *rest
 
-    def scale_gradients(upstream, *gradients):
-        return tuple((upstream * x).to(x.dtype) for x in gradients)
+    def scale_gradients(upstream, d_images, d_captions, d_scale, like):
+        scaled = [(upstream * x).to(like.dtype) for x in (d_images, d_captions)]
+        return *scaled, upstream * d_scale
 
     def l2_normalize(rows):
         norm = rows.float().norm(dim=1).clamp(min=1e-12)
@@ -94,7 +106,7 @@ def leaves(tensors):
     return [x.detach().clone().requires_grad_() for x in tensors]
 
 
-def differentiated(loss, pair, case, backend, **options):
+def differentiated(loss, pair, case, backend, upstream=1.0, **options):
     pair, ids = leaves(pair), ids_of(case)
     value = loss(
         *pair,
@@ -104,7 +116,7 @@ def differentiated(loss, pair, case, backend, **options):
         backend=backend,
         **options,
     )
-    value.backward()
+    (value * upstream).backward()
     return [value.detach(), *(x.grad for x in pair)]
 
 
@@ -189,6 +201,38 @@ def test_temperature_and_one_sided_gradients(name, normalize, on_cpu):
         if backend == "cuda":
             for got, want in zip(actual, gradients["reference", sides], strict=True):
                 assert_close(got, want, 5e-5)
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["all_negatives", "hardest_smooth"])
+def test_upstream_no_less_accurate_than_eager(name, dtype, upstream, on_cpu):
+    """A gradient scaler's factor saves what would underflow in the embeddings' dtype."""
+    loss, options = LOSSES[name]
+    options = options | {"margin": 0.2 * (name != "all_negatives")}  # as the eager formulas have it
+    options |= {"temperature": 0.03, "upstream": upstream}
+    pair = trained_embeddings(dtype)
+    wide = [x.double() for x in pair]
+    _, *expected = differentiated(loss, wide, TRAINED, "reference", **options)
+    _, *actual = differentiated(loss, pair, TRAINED, "cuda", **options)
+    _, *plain = eager.differentiated(name, pair, TRAINED, 0.03, upstream)
+    for got, other, want in zip(actual, plain, expected, strict=True):
+        assert relative(got, want) <= relative(other, want), (
+            relative(got, want),
+            relative(other, want),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_rounded_once(dtype, library, on_cpu):
+    pair = trained_embeddings(dtype)
+    unit = cuda_emulation.small_loss(
+        library, *pair, (None, None), TRAINED.pairs, "all_negatives", scale=10.0
+    )
+    _, *actual = differentiated(all_negatives_loss, pair, TRAINED, "cuda", upstream=0.3)
+    for got, exact in zip(actual, (unit.d_images, unit.d_captions), strict=True):
+        assert exact.dtype == torch.float32
+        assert torch.equal(got, (exact * torch.tensor(0.3)).to(dtype))
 
 
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
@@ -341,7 +385,7 @@ def test_fakes_describe_the_results(dtype, need, operators):
     torch.library.opcheck(op, (*batch, *options), test_utils=checks)
     gradients = op(*batch, *options)[1:4]
     scale = torch.ops.fused_vse_cuda.scale_gradients.default
-    torch.library.opcheck(scale, (torch.tensor(2.0), *gradients), test_utils=checks)
+    torch.library.opcheck(scale, (torch.tensor(2.0), *gradients, images), test_utils=checks)
 
 
 def test_full_graph_compilation(on_cpu):

@@ -6,9 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import eager
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+from cases import (
+    CASES,
+    TRAINED,
+    UPSTREAMS,
+    Case,
+    embeddings,
+    ids_of,
+    integer_embeddings,
+    trained_embeddings,
+)
+from eager import relative
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
@@ -54,45 +65,14 @@ def on_gpu(case, dtype=torch.bfloat16, seed=0):
     return [x.cuda() for x in embeddings(case, dtype, seed)]
 
 
-def differentiated(name, pair, case, backend="cuda", **more):
+def differentiated(name, pair, case, backend="cuda", upstream=1.0, **more):
     loss, options = LOSSES[name]
     pair = [x.detach().requires_grad_() for x in pair]
     ids = [None if x is None else x.to(pair[0].device) for x in ids_of(case)]
     keywords = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
-    value = loss(*pair, backend=backend, **keywords, **options, **more)
-    value.backward()
+    value = loss(*pair, backend=backend, **keywords, **(options | more))
+    (value * upstream).backward()
     return [value.detach(), *(x.grad for x in pair)]
-
-
-def eager(name, pair, case):
-    """The loss in plain PyTorch at the embeddings' own dtype: the error that is allowed."""
-    images, captions = [x.detach().requires_grad_() for x in pair]
-    ids = [None if x is None else x.cuda() for x in ids_of(case)]
-    if ids[0] is None:
-        ids = [torch.arange(len(x), device="cuda") for x in (images, captions)]
-    scores = images @ captions.T
-    masked = scores.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
-    k, total = case.pairs, 0
-    p = scores.diagonal()[:k]
-    for s in (masked[:k], masked[:, :k].T):
-        if name.startswith("all_negatives"):
-            tau = LOSSES[name][1].get("temperature", 0.1)
-            total = total + (torch.cat([p[:, None], s], 1) / tau).logsumexp(1) - p / tau
-        elif name == "hinge_sum":
-            total = total + (0.2 + s - p[:, None]).relu().sum(1)
-        else:
-            v = 0.2 + s.max(1).values - p
-            smooth = torch.nn.functional.softplus(v / 0.1)
-            total = total + {"hardest": v.relu() / 0.1, "hardest_smooth": smooth}.get(
-                name, v.relu()
-            )
-    value = total.mean()
-    value.backward()
-    return [value.detach(), images.grad, captions.grad]
-
-
-def relative(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,7 +80,9 @@ def relative(actual, expected):
 def test_no_less_accurate_than_eager(name, case, dtype):
     pair = on_gpu(case, dtype)
     expected = differentiated(name, [x.double() for x in pair], case, "reference")
-    actual, plain = differentiated(name, pair, case), eager(name, pair, case)
+    temperature = LOSSES[name][1].get("temperature", 0.1)
+    actual = differentiated(name, pair, case)
+    plain = eager.differentiated(name, pair, case, temperature)
     for got, other, want in zip(actual, plain, expected, strict=True):
         # A few units in the last place of what is returned count as none.
         smallest = 4 * torch.finfo(got.dtype).eps
@@ -108,6 +90,37 @@ def test_no_less_accurate_than_eager(name, case, dtype):
             relative(got, want),
             relative(other, want),
         )
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", ["all_negatives", "hardest_smooth"], indirect=True)
+def test_upstream_no_less_accurate_than_eager(name, dtype, upstream):
+    """A gradient scaler's factor saves what would underflow in the embeddings' dtype."""
+    pair = [x.cuda() for x in trained_embeddings(dtype)]
+    options = {"temperature": 0.03, "upstream": upstream}
+    wide = [x.double() for x in pair]
+    _, *expected = differentiated(name, wide, TRAINED, "reference", **options)
+    _, *actual = differentiated(name, pair, TRAINED, **options)
+    _, *plain = eager.differentiated(name, pair, TRAINED, **options)
+    for got, other, want in zip(actual, plain, expected, strict=True):
+        assert relative(got, want) <= relative(other, want), (
+            relative(got, want),
+            relative(other, want),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_are_rounded_once(dtype):
+    pair = [x.cuda() for x in trained_embeddings(dtype)]
+    small_loss = torch.ops.fused_vse_cuda.small_loss.default
+    batch = *pair, None, None, TRAINED.pairs
+    options = 0, 10.0, None, 0.0, 1.0, 1.0, True, True, True
+    _, *unit = small_loss(*batch, *options)
+    _, *actual = differentiated("all_negatives", pair, TRAINED, upstream=0.3)
+    for got, exact in zip(actual, unit[:2], strict=True):
+        assert exact.dtype == torch.float32
+        assert torch.equal(got, (exact * torch.tensor(0.3)).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,5 @@
-// scale_gradients (ops.h): y = upstream x for the gradients of a whole loss, in one launch.
+// scale_gradients (ops.h): y = upstream x for the gradients of a whole loss, in one launch; float32 in, the
+// embeddings' type out.
 //
 //   each thread scales one entry of d_images, then of d_captions, then of d_scale, and moves on by the grid
 //
@@ -17,7 +18,7 @@ constexpr int64_t MAX_BLOCKS = 1024;
 
 template <typename T>
 struct Scaled {
-  const T* from;
+  const float* from;
   T* to;
   int64_t size;
 };
@@ -27,23 +28,29 @@ __global__ void __launch_bounds__(THREADS)
     scale_gradients_kernel(const float* upstream, Scaled<T> images, Scaled<T> captions, Scaled<float> scale) {
   const float factor = *upstream;
   const int64_t start = int64_t(blockIdx.x) * THREADS + threadIdx.x, step = int64_t(gridDim.x) * THREADS;
-  for (int64_t i = start; i < images.size; i += step) images.to[i] = T(float(images.from[i]) * factor);
-  for (int64_t i = start; i < captions.size; i += step) captions.to[i] = T(float(captions.from[i]) * factor);
+  for (int64_t i = start; i < images.size; i += step) images.to[i] = T(images.from[i] * factor);
+  for (int64_t i = start; i < captions.size; i += step) captions.to[i] = T(captions.from[i] * factor);
   for (int64_t i = start; i < scale.size; i += step) scale.to[i] = scale.from[i] * factor;
 }
 
 std::tuple<Tensor, Tensor, Tensor> scale_gradients(const Tensor& upstream, const Tensor& d_images,
-                                                   const Tensor& d_captions, const Tensor& d_scale) {
-  return dispatch_embeddings(d_images, [&](auto zero) {
+                                                   const Tensor& d_captions, const Tensor& d_scale,
+                                                   const Tensor& like) {
+  for (const Tensor& x : {upstream, d_images, d_captions, d_scale})
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "scale_gradients takes float32 gradients");
+  return dispatch_embeddings(like, [&](auto zero) {
     using T = decltype(zero);
     const Launch launch(d_images);
-    Tensor images = torch::stable::empty_like(d_images), captions = torch::stable::empty_like(d_captions);
+    const auto result = [&](const Tensor& x) {
+      return torch::stable::new_empty(x, x.sizes(), like.scalar_type());
+    };
+    Tensor images = result(d_images), captions = result(d_captions);
     Tensor scale = torch::stable::empty_like(d_scale);
     const int64_t most = std::max({d_images.numel(), d_captions.numel(), int64_t{1}});
     const int64_t blocks = std::min((most + THREADS - 1) / THREADS, MAX_BLOCKS);
     scale_gradients_kernel<T><<<unsigned(blocks), THREADS, 0, launch.stream()>>>(
-        data<float>(upstream), {data<T>(d_images), data<T>(images), images.numel()},
-        {data<T>(d_captions), data<T>(captions), captions.numel()},
+        data<float>(upstream), {data<float>(d_images), data<T>(images), images.numel()},
+        {data<float>(d_captions), data<T>(captions), captions.numel()},
         {data<float>(d_scale), data<float>(scale), 1});
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return std::make_tuple(images, captions, scale);

@@ -16,7 +16,7 @@
 //   for each 64 x 64 tile of d_images and d_captions, a block each:
 //     for each chunk of 64 (float32: 32) rows of the other side:
 //       G from S into shared memory, rounded to the embeddings' type; multiply by the rows
-//     subtract the positives' part in float32, write
+//     subtract the positives' part in float32, write float32: scale_gradients.cu rounds
 //
 // Everything is summed in an order that the shapes alone decide: the result has the same bits every time.
 //
@@ -148,11 +148,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
         make_plan(int(n), int(m), int(d), need_images, need_captions, cluster, resident[cluster]);
     const Workspace at = workspace_of(plan, int(n), int(m));
 
-    const auto type = images.scalar_type();
-    const auto like = [&](bool needed, const Tensor& x) {
-      return needed ? empty_on(x, {x.size(0), d}, type) : empty_on(x, {0}, type);
+    const auto gradient = [&](bool needed, const Tensor& x) {
+      return needed ? empty_on(x, {x.size(0), d}, ScalarType::Float) : empty_on(x, {0}, ScalarType::Float);
     };
-    Tensor d_images = like(need_images, rows), d_captions = like(need_captions, cols);
+    Tensor d_images = gradient(need_images, rows), d_captions = gradient(need_captions, cols);
     Tensor loss = empty_on(rows, {}, ScalarType::Float), d_scale = empty_on(rows, {}, ScalarType::Float);
     Tensor positive = empty_on(rows, {num_pairs}, ScalarType::Float);
     Tensor hardest = empty_on(rows, {2, num_pairs}, ScalarType::Float);
@@ -178,8 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
         reinterpret_cast<Statistic*>(workspace + at.of_rows),
         reinterpret_cast<Statistic*>(workspace + at.of_columns),
         reinterpret_cast<int*>(workspace + at.not_finite),
-        need_images ? data<T>(d_images) : nullptr,
-        need_captions ? data<T>(d_captions) : nullptr,
+        need_images ? data<float>(d_images) : nullptr,
+        need_captions ? data<float>(d_captions) : nullptr,
         data<float>(loss),
         data<float>(d_scale),
         data<float>(positive),

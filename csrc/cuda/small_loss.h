@@ -39,7 +39,7 @@ struct Problem {
   float* scores;                    // [N, M]
   Statistic *of_rows, *of_columns;  // [col_tiles, N], [strips, M]
   int* not_finite;                  // [tiles, cluster]
-  T *d_images, *d_captions;         // [N, D], [M, D]; null if not needed
+  float *d_images, *d_captions;     // [N, D], [M, D]; null if not needed
   float *loss, *d_scale;            // []
   float *positive, *hardest;        // [K], [2, K]
   int64_t* index;                   // [2, K]
@@ -309,7 +309,7 @@ SIMT void multiply_gradient(const Block<Shared>& block, const Problem<T>& x, int
         sum -= (block.shared->pull[0][i] + block.shared->pull[1][i]) *
                float(others.data[int64_t(i) * others.dim + d]);
       (job.of_images ? x.d_images : x.d_captions)[int64_t(i) * others.dim + d] =
-          T(poisoned ? NOT_A_NUMBER : sum * factor);
+          poisoned ? NOT_A_NUMBER : sum * factor;
     }
   });
 }

@@ -98,13 +98,14 @@ def _small_loss(
     image_weight, caption_weight, mean, need_images, need_captions,
 ):  # fmt: skip
     scalars = [images.new_empty((), dtype=torch.float32) for _ in range(2)]
-    gradients = _gradients(images, captions, need_images, need_captions)
+    gradients = [x.float() for x in _gradients(images, captions, need_images, need_captions)]
     positive, score = _statistic(images, num_pairs)
     return scalars[0], *gradients, scalars[1], positive, score, _indices(images, num_pairs)
 
 
-def _scale_gradients(upstream, d_images, d_captions, d_scale):
-    return torch.empty_like(d_images), torch.empty_like(d_captions), torch.empty_like(d_scale)
+def _scale_gradients(upstream, d_images, d_captions, d_scale, like):
+    gradients = [torch.empty_like(x, dtype=like.dtype) for x in (d_images, d_captions)]
+    return *gradients, torch.empty_like(d_scale)
 
 
 def _scores_hardest_negatives(scores, image_ids, caption_ids, num_pairs):
