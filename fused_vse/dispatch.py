@@ -71,10 +71,18 @@ def select(backend: str, device: torch.device, family: str = "dot") -> str:
 def _unavailable(name: str, family: str = "dot") -> str | None:
     # A backend may look at the hardware the first time: nothing for the compiler to trace.
     module = _FUSED[name]
-    if module.UNAVAILABLE is None and family not in getattr(module, "FAMILIES", ("dot",)):
-        others = "'triton' or 'reference'" if module.DEVICE == "cuda" else "'reference'"
-        return f"it has no {FAMILY_NAMES[family]} yet; use backend={others}"
+    if module.UNAVAILABLE is None and family not in _families(module):
+        others = [
+            repr(other)
+            for other, candidate in _FUSED.items()
+            if candidate.DEVICE == module.DEVICE and family in _families(candidate)
+        ]
+        return f"it has no {FAMILY_NAMES[family]} yet; use backend={' or '.join([*others, repr(REFERENCE)])}"
     return module.UNAVAILABLE
+
+
+def _families(module: ModuleType) -> tuple[str, ...]:
+    return getattr(module, "FAMILIES", ("dot",))
 
 
 def _automatic(device: torch.device, family: str) -> str:
