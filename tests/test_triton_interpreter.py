@@ -9,21 +9,30 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+NAMES = "cases", "families"
 
 
-@pytest.mark.parametrize("name", ["cases", "families"])
-def test_kernels_in_the_interpreter(name):
-    cases = Path(__file__).with_name(f"triton_interpreter_{name}.py")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        str(cases),
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert run.returncode == 0, run.stdout[-20000:] + run.stderr[-2000:]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Name to process and output, all started at once: each keeps one core busy for minutes."""
+    directory = tmp_path_factory.mktemp("interpreter")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    started = {}
+    for name in NAMES:
+        cases = Path(__file__).with_name(f"triton_interpreter_{name}.py")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+        output = directory / name
+        with open(output, "wb") as file:
+            process = subprocess.Popen(
+                [*command, str(cases)], env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        started[name] = process, output
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_in_the_interpreter(name, runs):
+    process, output = runs[name]
+    assert process.wait(timeout=1200) == 0, output.read_text()[-20000:]
