@@ -107,6 +107,8 @@ def check_batch(
         # Autocast leaves each encoder's output in whatever dtype its last op prefers.
         dtype = torch.promote_types(images.dtype, captions.dtype)
         images, captions = images.to(dtype), captions.to(dtype)
+    if captions is images:
+        captions = captions.view_as(captions)  # torch.compile takes no tensor twice
     sides = ("images", images, "captions", captions)
     return Batch(images, captions, *_check_pairs(image_ids, caption_ids, num_pairs, *sides))
 
@@ -129,6 +131,8 @@ def _check_pairs(
     if image_ids is not None:
         image_ids = _check_ids("image_ids", image_ids, images_name, images)
         caption_ids = _check_ids("caption_ids", caption_ids, captions_name, captions)
+        if caption_ids is image_ids:
+            caption_ids = caption_ids.view_as(caption_ids)  # torch.compile takes no tensor twice
     return image_ids, caption_ids, _check_num_pairs(num_pairs, images, captions)
 
 

@@ -55,6 +55,13 @@ def test_clip_loss_is_what_the_trainer_expects(clip_losses):
     assert torch.isclose(sum(losses.values()), make_theirs()(**output), atol=1e-6)
 
 
+def test_clip_loss_takes_pairs_only(clip_losses):
+    im, s = (x.float() for x in random_batch())
+    for make in clip_losses:
+        with pytest.raises(ValueError, match="batch_size|must be pairs"):
+            make()(im[:4], s, torch.tensor(20.0))
+
+
 def test_clip_loss_with_bias(clip_losses):
     bias = torch.tensor(-10.0, requires_grad=True)
     im, s = (x.float() for x in random_batch())

@@ -254,6 +254,39 @@ def test_compiles_without_graph_breaks(loss, backend):
         assert_close(a, b, 1e-6)
 
 
+def test_compiles_with_a_tensor_given_twice(loss, backend):
+    """The ids of both sides, and embeddings compared with themselves."""
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    rows, ids = torch.randn(6, 5), torch.tensor([0, 0, 1, 2, 3, 3])
+    results = []
+    for function in (loss, compiled):
+        x = rows.clone().requires_grad_()
+        function(x, rows, image_ids=ids, caption_ids=ids, backend=backend).backward()
+        y = rows.clone().requires_grad_()
+        function(y, y, backend=backend).backward()
+        results.append((x.grad, y.grad))
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [3, 16, 17])
+def test_temperature_gradient_of_low_scores(columns, dtype, backend):
+    """log Σ exp far below 0: what pads the last register of a row must not come in as exp(0 - lse)."""
+    low = -75.0 if dtype is torch.float64 else -8.9416
+    gradients = []
+    for name in (backend, "reference"):
+        temperature = torch.tensor(0.1, dtype=dtype, requires_grad=True)
+        scores = torch.full((3, columns), low, dtype=dtype)
+        options = {"num_pairs": 3, "temperature": temperature, "backend": name}
+        (1000 * all_negatives_loss(scores=scores, **options)).backward()
+        gradients.append(temperature.grad)
+    # Terms of 1000 low / τ² cancel to almost nothing, each with an exponential of a rounded low / τ.
+    rounding = 1000 * low / 0.1**2 * low / 0.1 * torch.finfo(dtype).eps
+    assert (gradients[0] - gradients[1]).abs() <= rounding
+
+
 def test_compiles_with_temperature_and_margin_that_change(loss, backend):
     """From the second value on, torch.compile makes a float an input of the graph."""
     torch.compiler.reset()

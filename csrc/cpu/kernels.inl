@@ -274,7 +274,8 @@ double exp_gradient(const T* tile, int64_t rows, int64_t cols, int64_t ld, T sca
     const T reference = row_reference[r], weight = d_row[r];
     Vec<T> acc = {};
     for_each_vec<T>(cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-      const Vec<T> s = access.load(row + c);
+      // What lies beyond the row must vanish: with 0 its exponential may be infinite.
+      const Vec<T> s = access.load(row + c, std::numeric_limits<T>::lowest());
       const Vec<T> column = access.load(col_reference + c);
       const Vec<T> from_row = exp2((s - reference) * log2_scale) * weight;
       const Vec<T> from_col = exp2((s - column) * log2_scale) * access.load(d_col + c);

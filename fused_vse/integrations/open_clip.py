@@ -58,6 +58,11 @@ class ClipLoss(_Original):
         `logit_scale` multiplies the scores. `logit_bias` cancels in a softmax and gets gradient 0.
         """
         own = image_features.shape[0]
+        if text_features.shape[0] != own:
+            raise ValueError(
+                f"image_features and text_features must be pairs, got {own} and"
+                f" {text_features.shape[0]} rows"
+            )
         if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
             logit_scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
         if self.world_size > 1:

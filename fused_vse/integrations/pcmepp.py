@@ -48,7 +48,7 @@ class InfoNCELoss(nn.Module):
             images,
             captions,
             temperature=self.tau.reciprocal(),
-            num_pairs=images.shape[0],
+            num_pairs=images.shape[0] if distributed else None,
             direction_weights=(1, 0) if distributed else (0.5, 0.5),
         )
         return loss, {"loss/loss": loss, "criterion/tau": self.tau}
