@@ -62,6 +62,13 @@ def test_clip_loss_takes_pairs_only(clip_losses):
             make()(im[:4], s, torch.tensor(20.0))
 
 
+def test_clip_loss_does_not_train_without_its_other_ranks(clip_losses):
+    im, s = (x.float() for x in random_batch())
+    for make in clip_losses:
+        with pytest.raises((RuntimeError, ValueError), match="process group"):
+            make(local_loss=True, world_size=2)(im, s, torch.tensor(20.0))
+
+
 def test_clip_loss_with_bias(clip_losses):
     bias = torch.tensor(-10.0, requires_grad=True)
     im, s = (x.float() for x in random_batch())

@@ -66,6 +66,11 @@ class ClipLoss(_Original):
         if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
             logit_scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
         if self.world_size > 1:
+            if not distributed.is_initialized():
+                raise RuntimeError(
+                    f"world_size is {self.world_size}, but there is no process group to gather from;"
+                    " call torch.distributed.init_process_group first"
+                )
             image_features, text_features = gather_rows(image_features), gather_rows(text_features)
         loss = all_negatives_loss(
             image_features,
