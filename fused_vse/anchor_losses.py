@@ -67,16 +67,17 @@ class _HardestNegative(torch.autograd.Function):
         else:
             slope, loss = violation > 0, scale * violation.relu()
         ctx.scale = scale
-        ctx.save_for_backward(violation, slope)
+        ctx.save_for_backward(violation, slope, positive, scores)
         return loss
 
     @staticmethod
     def backward(ctx, d_loss):
-        violation, slope = ctx.saved_tensors
+        violation, slope, *inputs = ctx.saved_tensors
         d_logit = d_loss * slope
         d_scale = None
         if ctx.needs_input_grad[2]:
             finite = violation.clamp(min=torch.finfo(violation.dtype).min)  # 0 * -inf would be NaN
             d_scale = (d_logit * finite).sum()
         d_scores = d_logit * ctx.scale
-        return *first_order_only(-d_scores.sum(0), d_scores, d_scale), None, None
+        gradients = -d_scores.sum(0), d_scores, d_scale
+        return *first_order_only(*gradients, inputs=inputs), None, None

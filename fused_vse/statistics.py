@@ -202,8 +202,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     """Identity on gradients that refuses to be differentiated: the ops' backward is not differentiable."""
 
     @staticmethod
-    def forward(ctx, *gradients):
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
+    def forward(ctx, count, *tensors):
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod
     def backward(ctx, *_):
@@ -213,12 +213,15 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
-def first_order_only(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def first_order_only(
+    *gradients: Tensor | None, inputs: tuple[Tensor, ...] = ()
+) -> tuple[Tensor | None, ...]:
+    """`inputs`: what the gradients depend on without the graph knowing."""
     # The engine enables grad mode in a backward pass exactly when create_graph=True.
     if not torch.is_grad_enabled():
         return gradients
     tensors = [g.requires_grad_() for g in gradients if g is not None]
-    guarded = iter(_FirstOrderOnly.apply(*tensors))
+    guarded = iter(_FirstOrderOnly.apply(len(tensors), *tensors, *inputs))
     return tuple(None if g is None else next(guarded) for g in gradients)
 
 

@@ -103,6 +103,19 @@ def test_any_upstream_gradient(loss, backend):
         assert_close(x.grad, expected, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["all_negatives", "hardest", "smooth"])
+def test_double_backward_through_the_temperature(name, backend):
+    pair = [x.requires_grad_() for x in embeddings(CASES[2])]
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    result = ALL[name](*pair, temperature=temperature, backend=backend)
+    (gradient,) = torch.autograd.grad(result, temperature, create_graph=True)
+    if backend == "reference":
+        assert torch.autograd.grad(gradient, pair[0])[0].abs().sum() > 0
+        return
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(gradient, pair[0], allow_unused=True)
+
+
 def test_two_forwards_before_one_backward_and_retained_graph(loss, backend):
     case_a, case_b = CASES[2], EXTRAS
     pair_a = [x.requires_grad_() for x in embeddings(case_a)]
