@@ -1,8 +1,7 @@
 """The losses of single anchors: O(K) arithmetic on the statistics, and its derivative.
 
 The reference takes the formulas, and autograd differentiates them. The other backends take the functions,
-which have the derivative at hand: one node of the graph in place of ten, a third of the time of a step of
-128 pairs.
+which have the derivative at hand: one node of the graph in place of ten.
 """
 
 import torch

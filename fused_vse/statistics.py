@@ -225,8 +225,7 @@ def first_order_only(
     return tuple(None if g is None else next(guarded) for g in gradients)
 
 
-# The functions have no setup_context, for which torch inspects the signature in every call: some 40 µs,
-# as long as the rest of what a small batch costs in Python.
+# The functions have no setup_context, for which torch inspects the signature in every call: some 40 µs.
 class _HardestNegatives(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, backend):
