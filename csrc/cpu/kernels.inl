@@ -46,8 +46,10 @@ inline void pairs_block(const T* const* a, const T* const* b, int64_t d, T* out,
     for (int64_t i = 0; i < M; ++i)
       for (int64_t j = 0; j < N; ++j) acc[i][j] = Measure::add(acc[i][j], x[i], y[j]);
   });
+  T sums[M][N];
+  horizontal_sums<T, M * N>(acc[0], sums[0]);
   for (int64_t i = 0; i < M; ++i)
-    for (int64_t j = 0; j < N; ++j) out[i * ld + j] = Measure::score(horizontal_sum<T>(acc[i][j]));
+    for (int64_t j = 0; j < N; ++j) out[i * ld + j] = Measure::score(sums[i][j]);
 }
 
 template <typename T, typename Measure, int64_t M>

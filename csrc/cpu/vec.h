@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace {
 
@@ -70,14 +71,43 @@ inline __attribute__((always_inline)) void for_each_vec(int64_t n, const Body& b
   if (c < n) body(c, Part<T>{n - c});
 }
 
-// The order of the additions is a tree over the lanes and part of what "deterministic" means.
+#ifdef __clang__
+#define SHUFFLE(T, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(T, x, y, ...) __builtin_shuffle(x, y, IntVec<T>{__VA_ARGS__})
+#endif
+
+// x and y consist of segments of WIDTH lanes; the result of half as wide ones, those of x before those of y:
+// the sums of each segment's lower and upper half.
+template <typename T, int64_t WIDTH, size_t... LANE>
+inline Vec<T> halved(Vec<T> x, Vec<T> y, std::index_sequence<LANE...>) {
+  constexpr int64_t HALF = WIDTH / 2, EACH = LANES<T> / 2;
+  constexpr auto lower = [](int64_t lane) {
+    return lane / EACH * LANES<T> + lane % EACH / HALF * WIDTH + lane % HALF;
+  };
+  return SHUFFLE(T, x, y, lower(LANE)...) + SHUFFLE(T, x, y, (lower(LANE) + HALF)...);
+}
+
+// out[i] = the sum of x[i]'s lanes. The order of the additions is a tree over the lanes, whatever COUNT is,
+// and part of what "deterministic" means. Clobbers x.
+template <typename T, int64_t COUNT, int64_t VECTORS = COUNT, int64_t WIDTH = LANES<T>>
+inline __attribute__((always_inline)) void horizontal_sums(Vec<T>* x, T* out) {
+  if constexpr (WIDTH == 1) {
+    std::memcpy(out, x, COUNT * sizeof(T));
+  } else {
+    constexpr int64_t HALF = (VECTORS + 1) / 2;
+    for (int64_t i = 0; i < HALF; ++i)
+      x[i] = halved<T, WIDTH>(x[2 * i], x[2 * i + 1 < VECTORS ? 2 * i + 1 : 2 * i],
+                              std::make_index_sequence<LANES<T>>{});
+    horizontal_sums<T, COUNT, HALF, WIDTH / 2>(x, out);
+  }
+}
+
 template <typename T>
 inline T horizontal_sum(Vec<T> v) {
-  T lanes[LANES<T>];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int64_t width = LANES<T> / 2; width; width /= 2)
-    for (int64_t k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  return lanes[0];
+  T sum;
+  horizontal_sums<T, 1>(&v, &sum);
+  return sum;
 }
 
 template <typename T>
