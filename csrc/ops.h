@@ -94,21 +94,39 @@
 // under torch.ops.fused_vse_<name>_order: hardest_negatives, negative_logsumexp, hinge_sum and their
 // backward ops, with the schemas above. Where a difference has no positive part the gradient is 0.
 
-// A whole loss of a small batch (N, M <= 512; float16, bfloat16, float32) as one op, of fused_vse_cuda:
+// A whole loss of a small batch:
 //   kind  0 all negatives, 1 hardest negative, 2 its smooth form, 3 sum of hinges
 //   loss [] = the sum over both rows of the anchors' losses, times image_weight or caption_weight, divided by
 //     K if mean; alpha = scale * (scale_tensor [] or 1) is 1 / temperature, 1 for the hinge of the hardest
-//   d_images [N, D], d_captions [M, D], d_scale [] (for scale_tensor)  its gradients for upstream 1; float32
-//     for every dtype: an upstream that saves them from underflow in float16 comes later
+//   d_scale []  the loss's derivative, for scale_tensor
 //   positive, score, index  as of hardest_negatives
-#define SMALL_LOSS_SCHEMA                                                                      \
-  "small_loss(Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, "        \
-  "SymInt num_pairs, int kind, float scale, Tensor? scale_tensor, float margin, "              \
-  "float image_weight, float caption_weight, bool mean, bool need_images, bool need_captions)" \
-  " -> (Tensor loss, Tensor d_images, Tensor d_captions, Tensor d_scale, Tensor positive, "    \
-  "Tensor score, Tensor index)"
-// The backward pass of small_loss: its gradients times upstream [] float32, d_images and d_captions then
-// rounded, once, to the dtype of `like`: the embeddings', of which nothing else is looked at.
+#define LOSS_ARGUMENTS                                                            \
+  "(Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, "     \
+  "SymInt num_pairs, int kind, float scale, Tensor? scale_tensor, float margin, " \
+  "float image_weight, float caption_weight, bool mean"
+// of fused_vse_cuda, for float16, bfloat16 and float32 and N, M <= 512: one launch, gradients included,
+//   d_images [N, D], d_captions [M, D]  the loss's derivatives; float32 for every dtype: an upstream that
+//     saves them from underflow in float16 comes later
+#define SMALL_LOSS_SCHEMA                                                                         \
+  "small_loss" LOSS_ARGUMENTS                                                                     \
+  ", bool need_images, bool need_captions) -> (Tensor loss, Tensor d_images, Tensor d_captions, " \
+  "Tensor d_scale, Tensor positive, Tensor score, Tensor index)"
+// and its backward pass: the gradients times upstream [] float32, d_images and d_captions then rounded, once,
+// to the dtype of `like`: the embeddings', of which nothing else is looked at.
 #define SCALE_GRADIENTS_SCHEMA                                                            \
   "scale_gradients(Tensor upstream, Tensor d_images, Tensor d_captions, Tensor d_scale, " \
   "Tensor like) -> (Tensor d_images, Tensor d_captions, Tensor d_scale)"
+// of fused_vse_cpu, for N and M so small that S may be stored:
+//   d_scores [N, M]  the loss's derivatives by all scores, for kinds 0 and 3; else [0, 0]
+//   d_positive [K], d_score [2, K]  those that hardest_negatives_backward takes, for kinds 1 and 2; else [0],
+//     [2, 0]
+#define ONE_TILE_LOSS_SCHEMA                                                \
+  "one_tile_loss" LOSS_ARGUMENTS                                            \
+  ") -> (Tensor loss, Tensor d_scores, Tensor d_positive, Tensor d_score, " \
+  "Tensor d_scale, Tensor positive, Tensor score, Tensor index)"
+// and its backward pass for kinds 0 and 3: d_images = upstream G T, d_captions = upstream G^t I, with G =
+// d_scores and upstream [].
+#define ONE_TILE_LOSS_BACKWARD_SCHEMA                                        \
+  "one_tile_loss_backward(Tensor upstream, Tensor d_scores, Tensor images, " \
+  "Tensor captions, bool need_images, bool need_captions) "                  \
+  "-> (Tensor d_images, Tensor d_captions)"

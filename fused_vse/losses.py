@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import anchor_losses, arguments
 from .arguments import Batch, ScoreMatrix, check_batch, check_temperature, inverse_temperature
-from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, small_loss, takes
+from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, backend_for, small_loss
 from .statistics import (
     HardestNegatives,
     hardest_statistic,
@@ -95,9 +95,9 @@ def all_negatives_loss(
     margin = arguments.check_margin(margin)
     weights = _check_reduction(direction_weights, reduction)
     scale = inverse_temperature(temperature, batch.tensor)
-    if takes(batch, similarity, reduction, backend):
+    if small := backend_for(batch, similarity, reduction, backend):
         loss, hardest = small_loss(
-            ALL_NEGATIVES, batch, scale, margin, weights, reduction, normalize
+            ALL_NEGATIVES, batch, scale, margin, weights, reduction, normalize, small
         )
         return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
     batch, backend = prepare(batch, normalize, similarity, backend)
@@ -153,9 +153,9 @@ def hardest_negative_loss(
     margin = arguments.check_margin(margin)
     weights = _check_reduction(direction_weights, reduction)
     scale = inverse_temperature(temperature, batch.tensor)
-    if takes(batch, similarity, reduction, backend):
+    if small := backend_for(batch, similarity, reduction, backend):
         kind = HARDEST_SMOOTH if smooth else HARDEST
-        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, normalize)
+        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, normalize, small)
         return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
     batch, backend = prepare(batch, normalize, similarity, backend)
 
@@ -196,9 +196,9 @@ def hinge_loss(
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
     margin = arguments.check_margin(margin)
     weights = _check_reduction(direction_weights, reduction)
-    if takes(batch, similarity, reduction, backend):
+    if small := backend_for(batch, similarity, reduction, backend):
         kind = HARDEST if hardest else HINGE_SUM
-        loss, negatives = small_loss(kind, batch, 1.0, margin, weights, reduction, normalize)
+        loss, negatives = small_loss(kind, batch, 1.0, margin, weights, reduction, normalize, small)
         return (loss, _detached_statistics(negatives, margin)) if return_statistics else loss
     batch, backend = prepare(batch, normalize, similarity, backend)
 

@@ -166,10 +166,9 @@ def logsumexp_statistic(
             *_ScoresNegativeLogsumexp.apply(*batch, scale, scale_tensor, backend)
         )
     save_scores = needs_grad(batch.images, batch.captions, scale_tensor)
-    positive, logsumexp, _ = _NegativeLogsumexp.apply(
-        *batch, scale, scale_tensor, save_scores, backend
+    return NegativeLogsumexp(
+        *_NegativeLogsumexp.apply(*batch, scale, scale_tensor, save_scores, backend)
     )
-    return NegativeLogsumexp(positive, logsumexp)
 
 
 def hinge_statistic(
@@ -181,7 +180,7 @@ def hinge_statistic(
     if isinstance(batch, ScoreMatrix):
         return _ScoresHingeSum.apply(*batch, margin, backend)
     save_scores = needs_grad(batch.images, batch.captions)
-    return _HingeSum.apply(*batch, margin, save_scores, backend)[:3]
+    return _HingeSum.apply(*batch, margin, save_scores, backend)
 
 
 def l2_normalize(rows: Tensor, backend: str) -> Tensor:
@@ -194,7 +193,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _ops(backend: str):
+def ops_of(backend: str):
     return getattr(torch.ops, f"fused_vse_{backend}")
 
 
@@ -230,7 +229,7 @@ class _HardestNegatives(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, backend):
         ctx.backend = backend
-        positive, score, index = _ops(backend).hardest_negatives(
+        positive, score, index = ops_of(backend).hardest_negatives(
             images, captions, image_ids, caption_ids, num_pairs
         )
         ctx.mark_non_differentiable(index)
@@ -240,7 +239,7 @@ class _HardestNegatives(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_positive, d_score, _):
         need_images, need_captions = ctx.needs_input_grad[:2]
-        d_images, d_captions = _ops(ctx.backend).hardest_negatives_backward(
+        d_images, d_captions = ops_of(ctx.backend).hardest_negatives_backward(
             d_positive, d_score, *ctx.saved_tensors, need_images, need_captions
         )
         gradients = d_images if need_images else None, d_captions if need_captions else None
@@ -251,20 +250,19 @@ class _NegativeLogsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, *options):
         ctx.scale, scale_tensor, _, ctx.backend = options
-        positive, logsumexp, scores = _ops(ctx.backend).negative_logsumexp(
+        positive, logsumexp, scores = ops_of(ctx.backend).negative_logsumexp(
             images, captions, image_ids, caption_ids, num_pairs, *options[:3]
         )
-        ctx.mark_non_differentiable(scores)
         ctx.save_for_backward(
             logsumexp, scores, images, captions, image_ids, caption_ids, scale_tensor
         )
-        return positive, logsumexp, scores
+        return positive, logsumexp
 
     @staticmethod
-    def backward(ctx, d_positive, d_logsumexp, _):
+    def backward(ctx, d_positive, d_logsumexp):
         *tensors, scale_tensor = ctx.saved_tensors
         need_images, need_captions, need_scale = (ctx.needs_input_grad[i] for i in (0, 1, 6))
-        d_images, d_captions, d_scale = _ops(ctx.backend).negative_logsumexp_backward(
+        d_images, d_captions, d_scale = ops_of(ctx.backend).negative_logsumexp_backward(
             d_positive, d_logsumexp, *tensors, ctx.scale, scale_tensor, need_images, need_captions
         )
         d_images, d_captions, d_scale = first_order_only(
@@ -281,17 +279,17 @@ class _HingeSum(torch.autograd.Function):
         ctx, images, captions, image_ids, caption_ids, num_pairs, margin, save_scores, backend
     ):
         ctx.margin, ctx.backend = margin, backend
-        positive, total, active, scores = _ops(backend).hinge_sum(
+        positive, total, active, scores = ops_of(backend).hinge_sum(
             images, captions, image_ids, caption_ids, num_pairs, margin, save_scores
         )
-        ctx.mark_non_differentiable(active, scores)
+        ctx.mark_non_differentiable(active)
         ctx.save_for_backward(positive, active, scores, images, captions, image_ids, caption_ids)
-        return positive, total, active, scores
+        return positive, total, active
 
     @staticmethod
-    def backward(ctx, d_positive, d_hinge_sum, _active, _scores):
+    def backward(ctx, d_positive, d_hinge_sum, _):
         need_images, need_captions = ctx.needs_input_grad[:2]
-        d_images, d_captions = _ops(ctx.backend).hinge_sum_backward(
+        d_images, d_captions = ops_of(ctx.backend).hinge_sum_backward(
             d_positive, d_hinge_sum, *ctx.saved_tensors, ctx.margin, need_images, need_captions
         )
         gradients = d_images if need_images else None, d_captions if need_captions else None
@@ -302,7 +300,7 @@ class _ScoresHardestNegatives(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, image_ids, caption_ids, num_pairs, backend):
         ctx.backend = backend
-        positive, score, index = _ops(backend).hardest_negatives(
+        positive, score, index = ops_of(backend).hardest_negatives(
             scores, image_ids, caption_ids, num_pairs
         )
         ctx.mark_non_differentiable(index)
@@ -311,7 +309,7 @@ class _ScoresHardestNegatives(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_positive, d_score, _):
-        d_scores = _ops(ctx.backend).hardest_negatives_backward(
+        d_scores = ops_of(ctx.backend).hardest_negatives_backward(
             d_positive, d_score, *ctx.saved_tensors
         )
         return *first_order_only(d_scores), None, None, None, None
@@ -321,7 +319,7 @@ class _ScoresNegativeLogsumexp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, image_ids, caption_ids, num_pairs, scale, scale_tensor, backend):
         ctx.scale, ctx.backend = scale, backend
-        positive, logsumexp = _ops(backend).negative_logsumexp(
+        positive, logsumexp = ops_of(backend).negative_logsumexp(
             scores, image_ids, caption_ids, num_pairs, scale, scale_tensor
         )
         ctx.save_for_backward(logsumexp, scores, image_ids, caption_ids, scale_tensor)
@@ -330,7 +328,7 @@ class _ScoresNegativeLogsumexp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_positive, d_logsumexp):
         *tensors, scale_tensor = ctx.saved_tensors
-        d_scores, d_scale = _ops(ctx.backend).negative_logsumexp_backward(
+        d_scores, d_scale = ops_of(ctx.backend).negative_logsumexp_backward(
             d_positive, d_logsumexp, *tensors, ctx.scale, scale_tensor
         )
         d_scores, d_scale = first_order_only(
@@ -344,7 +342,7 @@ class _ScoresHingeSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, image_ids, caption_ids, num_pairs, margin, backend):
         ctx.margin, ctx.backend = margin, backend
-        positive, total, active = _ops(backend).hinge_sum(
+        positive, total, active = ops_of(backend).hinge_sum(
             scores, image_ids, caption_ids, num_pairs, margin
         )
         ctx.mark_non_differentiable(active)
@@ -353,7 +351,7 @@ class _ScoresHingeSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_positive, d_hinge_sum, _):
-        d_scores = _ops(ctx.backend).hinge_sum_backward(
+        d_scores = ops_of(ctx.backend).hinge_sum_backward(
             d_positive, d_hinge_sum, *ctx.saved_tensors, ctx.margin
         )
         return *first_order_only(d_scores), None, None, None, None, None
@@ -363,12 +361,12 @@ class _L2Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, backend):
         ctx.backend = backend
-        normalized, inverse_norm = _ops(backend).l2_normalize(rows)
+        normalized, inverse_norm = ops_of(backend).l2_normalize(rows)
         ctx.mark_non_differentiable(inverse_norm)
         ctx.save_for_backward(normalized, inverse_norm)
         return normalized, inverse_norm
 
     @staticmethod
     def backward(ctx, d_normalized, _):
-        d_rows = _ops(ctx.backend).l2_normalize_backward(d_normalized, *ctx.saved_tensors)
+        d_rows = ops_of(ctx.backend).l2_normalize_backward(d_normalized, *ctx.saved_tensors)
         return *first_order_only(d_rows), None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fused_vse
+from fused_vse.backends import cpu
 
 
 def _backend_parameters():
@@ -17,6 +18,18 @@ def _backend_parameters():
 @pytest.fixture(params=_backend_parameters())
 def backend(request) -> str:
     """Every backend that takes CPU tensors; a missing one skips with its reason."""
+    return request.param
+
+
+@pytest.fixture(params=[*_backend_parameters(), "cpu, composed"])
+def loss_backend(request, monkeypatch) -> str:
+    """The same for the losses, which the cpu backend computes in two ways: small ones as one op, others
+    composed of the statistics. "cpu, composed" takes all of them the second way."""
+    if request.param == "cpu, composed":
+        if cpu.UNAVAILABLE:
+            pytest.skip(cpu.UNAVAILABLE)
+        monkeypatch.setattr(cpu, "SMALL_ROWS", 0)
+        return "cpu"
     return request.param
 
 

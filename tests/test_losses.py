@@ -31,7 +31,7 @@ def leaves(*tensors):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_formula(case, name, backend):
+def test_equals_the_formula(case, name, loss_backend):
     loss, formula, options = LOSSES[name]
     ids = ids_of(case)
     expected_inputs = leaves(*embeddings(case))
@@ -46,7 +46,7 @@ def test_equals_the_formula(case, name, backend):
         caption_ids=ids[1],
         num_pairs=case.pairs,
         reduction="none",
-        backend=backend,
+        backend=loss_backend,
         **options,
     )
     assert actual.shape == (2, case.pairs) and actual.dtype == torch.float64
@@ -63,7 +63,7 @@ def test_equals_the_formula(case, name, backend):
     ("weights", "reduction"),
     list(itertools.product([(1.0, 1.0), (0.5, 0.5), (1, 0), (0.25, 2.0)], ["mean", "sum", "none"])),
 )
-def test_reductions_and_direction_weights(name, weights, reduction, backend):
+def test_reductions_and_direction_weights(name, weights, reduction, loss_backend):
     loss, formula, options = LOSSES[name]
     case = CASES[7]
     inputs, expected_inputs = leaves(*embeddings(case)), leaves(*embeddings(case))
@@ -75,7 +75,7 @@ def test_reductions_and_direction_weights(name, weights, reduction, backend):
         num_pairs=case.pairs,
         direction_weights=weights,
         reduction=reduction,
-        backend=backend,
+        backend=loss_backend,
         **options,
     )
     assert_close(actual, expected, 1e-12, "loss")
@@ -88,7 +88,7 @@ def test_reductions_and_direction_weights(name, weights, reduction, backend):
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("name", ["all_negatives", "hardest"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_temperature_gradient(case, name, smooth, backend):
+def test_temperature_gradient(case, name, smooth, loss_backend):
     loss, formula, _ = LOSSES[name]
     options = {"smooth": True} if smooth else {}
     if smooth and name == "all_negatives":
@@ -110,7 +110,7 @@ def test_temperature_gradient(case, name, smooth, backend):
                 image_ids=ids[0],
                 caption_ids=ids[1],
                 num_pairs=case.pairs,
-                backend=backend,
+                backend=loss_backend,
                 **options,
             )
         value.backward()
@@ -119,7 +119,7 @@ def test_temperature_gradient(case, name, smooth, backend):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_normalize_folds_in_the_normalisation(name, backend):
+def test_normalize_folds_in_the_normalisation(name, loss_backend):
     loss, _, options = LOSSES[name]
     case = CASES[7]
     raw = [3 * x for x in embeddings(case, normalize=False)]
@@ -127,18 +127,18 @@ def test_normalize_folds_in_the_normalisation(name, backend):
     for fold in (True, False):
         inputs = leaves(*raw)
         rows = inputs if fold else [torch.nn.functional.normalize(x) for x in inputs]
-        value = loss(*rows, num_pairs=case.pairs, normalize=fold, backend=backend, **options)
+        value = loss(*rows, num_pairs=case.pairs, normalize=fold, backend=loss_backend, **options)
         value.backward()
         results.append([value, *(x.grad for x in inputs)])
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, 1e-12)
 
 
-def test_normalize_of_a_zero_row_is_zero_with_a_finite_gradient(backend):
+def test_normalize_of_a_zero_row_is_zero_with_a_finite_gradient(loss_backend):
     images, captions = leaves(*embeddings(CASES[2]))
     with torch.no_grad():
         images[3] = 0
-    all_negatives_loss(images, captions, normalize=True, backend=backend).backward()
+    all_negatives_loss(images, captions, normalize=True, backend=loss_backend).backward()
     expected = images.detach().clone().requires_grad_()
     rows = torch.nn.functional.normalize(expected), torch.nn.functional.normalize(captions.detach())
     all_negatives_loss(*rows, backend="reference").backward()
@@ -147,7 +147,7 @@ def test_normalize_of_a_zero_row_is_zero_with_a_finite_gradient(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("case", [c for c in CASES if c.dim <= 33], ids=str)
-def test_integer_embeddings_are_exact(case, dtype, backend):
+def test_integer_embeddings_are_exact(case, dtype, loss_backend):
     """All arithmetic is exact, so values, ties and gradients must be equal to the last bit."""
     ids = ids_of(case)
     for loss, formula, options in (
@@ -164,7 +164,7 @@ def test_integer_embeddings_are_exact(case, dtype, backend):
             caption_ids=ids[1],
             num_pairs=case.pairs,
             reduction="sum",
-            backend=backend,
+            backend=loss_backend,
             **options,
         )
         assert actual.item() == expected.item()
@@ -176,15 +176,15 @@ def test_integer_embeddings_are_exact(case, dtype, backend):
             assert torch.equal(tensor.grad, reference.grad.to(dtype))
 
 
-def test_is_twice_the_clip_loss(backend):
+def test_is_twice_the_clip_loss(loss_backend):
     images, captions = embeddings(CASES[2])
     logits, labels = images @ captions.T / 0.1, torch.arange(len(images))
     cross_entropy = torch.nn.functional.cross_entropy
     expected = cross_entropy(logits, labels) + cross_entropy(logits.T, labels)
-    assert_close(all_negatives_loss(images, captions, backend=backend), expected, 1e-12)
+    assert_close(all_negatives_loss(images, captions, backend=loss_backend), expected, 1e-12)
 
 
-def test_equals_vsepp(backend):
+def test_equals_vsepp(loss_backend):
     """The formula of VSE++'s released loss, with margin 0.2 and its in-place mask."""
     images, captions = embeddings(CASES[2])
     for hardest in (False, True):
@@ -198,5 +198,5 @@ def test_equals_vsepp(backend):
         )
         if hardest:
             cost_captions, cost_images = cost_captions.max(1)[0], cost_images.max(0)[0]
-        actual = hinge_loss(images, captions, hardest=hardest, backend=backend)
+        actual = hinge_loss(images, captions, hardest=hardest, backend=loss_backend)
         assert_close(actual, cost_captions.sum() + cost_images.sum(), 1e-12)

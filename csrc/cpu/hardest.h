@@ -74,6 +74,20 @@ void gather(int64_t size, int64_t k, const T* d_positive, const T* d_own, const 
   });
 }
 
+// The same where what is added up are the rows of `others` themselves: out[i] is their weighted sum.
+template <typename T>
+void gather_rows(int64_t size, int64_t k, const T* d_positive, const T* d_own, const int64_t* own,
+                 const T* d_theirs, const int64_t* theirs, const Tensor& others, T* out) {
+  const int64_t d = others.size(1);
+  const T* const rows = data<T>(others);
+  gather<T>(size, k, d_positive, d_own, own, d_theirs, theirs,
+            [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& chosen) {
+              std::vector<const T*> sources;
+              for (int64_t j : chosen) sources.push_back(rows + j * d);
+              kernels<T>().weighted_sum(weights.data(), sources.data(), sources.size(), d, out + i * d);
+            });
+}
+
 // Below this size the search costs more than it saves.
 constexpr int64_t MIN_SEARCHED_SCORES = 256 * 256;
 

@@ -146,14 +146,8 @@ std::tuple<Tensor, Tensor> hardest_negatives_backward(const Tensor& d_positive, 
         const int64_t own = own_row * k, theirs = (1 - own_row) * k;
         const Tensor rows = contiguous_as(other, SCALAR_TYPE<T>);
         result = empty({self.size(0), d}, SCALAR_TYPE<T>);
-        gather<T>(self.size(0), k, data<T>(direct), data<T>(upstream) + own, data<int64_t>(index) + own,
-                  data<T>(upstream) + theirs, data<int64_t>(index) + theirs,
-                  [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& others) {
-                    std::vector<const T*> sources;
-                    for (int64_t j : others) sources.push_back(data<T>(rows) + j * d);
-                    kernels<T>().weighted_sum(weights.data(), sources.data(), sources.size(), d,
-                                              data<T>(result) + i * d);
-                  });
+        gather_rows<T>(self.size(0), k, data<T>(direct), data<T>(upstream) + own, data<int64_t>(index) + own,
+                       data<T>(upstream) + theirs, data<int64_t>(index) + theirs, rows, data<T>(result));
       }
       return converted(result, self.scalar_type());
     };

@@ -39,6 +39,15 @@ inline std::vector<Tile> tiles_of(int64_t n, int64_t m, int64_t k) {
   return tiles;
 }
 
+// The largest of some Kernels::max_abs; infinity for NaN.
+template <typename T>
+T largest(const std::vector<T>& partial) {
+  T top = 0;
+  for (T x : partial)
+    if (!(x <= top)) top = x != x ? std::numeric_limits<T>::infinity() : x;
+  return top;
+}
+
 // Which columns are no negatives of a row: those of an equal id, or the one of equal number.
 class ExcludedPairs {
  public:
@@ -102,9 +111,10 @@ struct Problem {
   const T* caption(int64_t j) const { return data<T>(captions) + j * d; }
 
   // False if an embedding is not finite or so large that a score could overflow.
-  bool is_bounded() const {
-    const double bound = double(max_abs(images, n)) * double(max_abs(captions, m)) * double(d);
-    return bound < double(std::numeric_limits<T>::max());
+  bool is_bounded() const { return is_bounded(max_abs(images, n), max_abs(captions, m)); }
+  // The same from the largest elements.
+  bool is_bounded(T max_image, T max_caption) const {
+    return double(max_image) * double(max_caption) * double(d) < double(std::numeric_limits<T>::max());
   }
 
   void positive_scores(T* positive) const {
@@ -131,10 +141,7 @@ struct Problem {
       const int64_t begin = c * GRAIN, end = std::min(count, begin + GRAIN);
       partial[c] = kernels<T>().max_abs(data<T>(rows) + begin * d, (end - begin) * d);
     });
-    T top = 0;
-    for (T x : partial)
-      if (!(x <= top)) top = x != x ? std::numeric_limits<T>::infinity() : x;
-    return top;
+    return largest(partial);
   }
 };
 

@@ -47,6 +47,11 @@ def is_measured_ahead(op: str, images: torch.Tensor, captions: torch.Tensor) -> 
     )
 
 
+def is_ahead_in_small_losses(images: torch.Tensor, captions: torch.Tensor) -> bool:
+    """Whether "auto" is to take the whole-loss op for these embeddings, if it can."""
+    return is_measured_ahead("small_loss", images, captions)
+
+
 def _load() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA; install one with CUDA"

@@ -103,6 +103,23 @@ def _small_loss(
     return scalars[0], *gradients, scalars[1], positive, score, _indices(images, num_pairs)
 
 
+def _one_tile_loss(
+    images, captions, image_ids, caption_ids, num_pairs, kind, scale, scale_tensor, margin,
+    image_weight, caption_weight, mean,
+):  # fmt: skip
+    dtype = accumulation_dtype(images.dtype)
+    hardest = kind in (1, 2)
+    scores = (0, 0) if hardest else (images.shape[0], captions.shape[0])
+    listed = num_pairs if hardest else 0
+    shapes = (), scores, (listed,), (2, listed), ()
+    results = [images.new_empty(shape, dtype=dtype) for shape in shapes]
+    return *results, *_statistic(images, num_pairs), _indices(images, num_pairs)
+
+
+def _one_tile_loss_backward(upstream, d_scores, images, captions, need_images, need_captions):
+    return _gradients(images, captions, need_images, need_captions)
+
+
 def _scale_gradients(upstream, d_images, d_captions, d_scale, like):
     gradients = [torch.empty_like(x, dtype=like.dtype) for x in (d_images, d_captions)]
     return *gradients, torch.empty_like(d_scale)
@@ -179,6 +196,11 @@ def register_statistic_fakes(namespace: str) -> None:
 def register_small_loss_fakes(namespace: str) -> None:
     """The same for a whole loss of a small batch."""
     _register(namespace, (_small_loss, _scale_gradients))
+
+
+def register_one_tile_loss_fakes(namespace: str) -> None:
+    """The same for one that stores the gradient of the scores."""
+    _register(namespace, (_one_tile_loss, _one_tile_loss_backward))
 
 
 def register_score_fakes(namespace: str) -> None:
