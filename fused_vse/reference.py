@@ -98,12 +98,15 @@ def hardest_negatives(images, captions, image_ids, caption_ids, num_pairs):
 
 @_without_autocast
 def negative_logsumexp(images, captions, image_ids, caption_ids, num_pairs, scale):
-    """Positive score [K]; log Σ exp(scale · s) over the negatives [2, K] (-inf: none)."""
+    """Positive score [K]; log Σ exp(scale · s) over the negatives [2, K] (-inf: none),
+    in float64."""
     scores, negative, positive = _scores(images, captions, image_ids, caption_ids, num_pairs)
     sums = []
     for s, is_negative in zip(
         _both_directions(scores, num_pairs), _both_directions(negative, num_pairs), strict=True
     ):
+        # In float64, since autograd's exp(logit - lse) is off by the rounding of logits of 1/τ. MPS has none.
+        s = s if s.is_mps else s.double()
         # The excluded entries are replaced before they meet the scale: 0 · inf would be NaN.
         logits = (scale * s.masked_fill(~is_negative, 0)).masked_fill(~is_negative, -torch.inf)
         found = is_negative.any(1)
