@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_temperature
+from .arguments import check_flag, check_temperature
 from .losses import all_negatives_loss, hardest_negative_loss, hinge_loss
 
 # A learnable temperature is kept within these bounds, as CLIP keeps its logit scale below 100: below,
@@ -23,12 +23,14 @@ class _Loss(nn.Module):
 
     def __init__(self, options: dict):
         super().__init__()
-        known = inspect.signature(self.function).parameters
+        known = list(inspect.signature(self.function).parameters)[
+            3:
+        ]  # after images, captions and scores
         for name in options:
             if name not in known:
                 raise TypeError(
                     f"{type(self).__name__} got an unknown argument {name!r}; it takes those of"
-                    f" {self.function.__name__}: {', '.join(list(known)[2:])}"
+                    f" {self.function.__name__}: {', '.join(known)}"
                 )
         self.options = options
 
@@ -43,6 +45,15 @@ class _Loss(nn.Module):
 class _LossWithTemperature(_Loss):
     def __init__(self, temperature: float, learnable_temperature: bool, options: dict):
         super().__init__(options)
+        learnable_temperature = check_flag("learnable_temperature", learnable_temperature)
+        if isinstance(temperature, Tensor):
+            if temperature.requires_grad:
+                raise TypeError(
+                    "temperature must be a float, got a tensor that requires grad, which the module would"
+                    " not train; pass learnable_temperature=True, or give the tensor to the function"
+                    f" {self.function.__name__}"
+                )
+            temperature = temperature.cpu()
         temperature = float(check_temperature(temperature, torch.device("cpu")))
         self.fixed_temperature = None if learnable_temperature else temperature
         if learnable_temperature:
@@ -63,9 +74,9 @@ class _LossWithTemperature(_Loss):
     def forward(self, images: Tensor | None = None, captions: Tensor | None = None, **batch):
         """The functional loss; `batch` is what changes in every call: ids, `num_pairs`, `scores`."""
         if self.fixed_temperature is None:
-            with torch.no_grad():
-                # The parameter, not the value: outside the bounds its gradient would vanish for good.
-                self.log_temperature.clamp_(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+            # The parameter, not the value: outside the bounds its gradient would vanish for good. As data,
+            # since autograd would take the change for one to what an earlier graph needs.
+            self.log_temperature.data.clamp_(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
         return super().forward(images, captions, temperature=self.temperature, **batch)
 
     def extra_repr(self) -> str:

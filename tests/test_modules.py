@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, embeddings
@@ -59,6 +60,46 @@ def test_temperature_is_clamped_and_comes_back(start, bound):
     assert module.log_temperature.grad.item() != 0  # not stuck at the bound
 
 
+def test_a_forward_leaves_the_graphs_of_earlier_ones_alone():
+    module = AllNegativesLoss(learnable_temperature=True)
+    expected = torch.autograd.grad(2 * module(I, T), module.log_temperature)[0]
+    expected += 2 * module.log_temperature.detach()
+    regularised = module(I, T) + module.log_temperature.square()  # backward needs the parameter
+    (regularised + module(I, T)).backward()
+    assert torch.allclose(module.log_temperature.grad, expected)
+
+
+@pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
+def test_two_compiled_forwards_before_one_backward():
+    torch.compiler.reset()
+    module = AllNegativesLoss(learnable_temperature=True)
+    expected = torch.autograd.grad(2 * module(I, T), module.log_temperature)[0]
+    call = torch.compile(
+        module, fullgraph=True
+    )  # inductor computes the temperature again in backward
+    (call(I, T) + call(I, T)).backward()
+    assert torch.allclose(module.log_temperature.grad, expected)
+
+
+def test_compiled_module_clamps_and_comes_back():
+    module = AllNegativesLoss(learnable_temperature=True)
+    torch.compiler.reset()
+    call = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for start, bound in ((-20.0, 0.01), (20.0, 10.0)):
+        module.zero_grad()
+        with torch.no_grad():
+            module.log_temperature.fill_(start)
+        call(I, T).backward()
+        assert module.temperature.item() == pytest.approx(bound)
+        assert module.log_temperature.grad.item() != 0
+
+
+def test_clamps_in_inference_mode():
+    module = AllNegativesLoss(learnable_temperature=True)
+    with torch.inference_mode():
+        assert torch.allclose(module(I, T), fused_vse.all_negatives_loss(I, T))
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="temperature must be positive"):
         AllNegativesLoss(0)
@@ -66,6 +107,17 @@ def test_bad_arguments():
         AllNegativesLoss(0.001, learnable_temperature=True)
     with pytest.raises(TypeError, match=r"HingeLoss got an unknown argument .tau..*margin"):
         HingeLoss(tau=0.1)
+    with pytest.raises(TypeError, match=r"HingeLoss got an unknown argument .scores."):
+        HingeLoss(scores=I @ T.T)
+    with pytest.raises(TypeError, match="learnable_temperature must be True or False, got 'no'"):
+        AllNegativesLoss(learnable_temperature="no")
+    with pytest.raises(TypeError, match="temperature .* requires grad.*learnable_temperature=True"):
+        AllNegativesLoss(torch.tensor(0.1, requires_grad=True))
+
+
+def test_a_temperature_that_is_no_python_float():
+    for temperature in (torch.tensor(0.25), np.float32(0.25), np.float64(0.25)):
+        assert repr(AllNegativesLoss(temperature)) == "AllNegativesLoss(temperature=0.25)"
 
 
 def test_repr_shows_the_options():
