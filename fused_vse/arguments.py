@@ -1,12 +1,18 @@
 """Checks of the arguments that every public function shares: what passes here never fails in a kernel."""
 
 import math
+import numbers
+import reprlib
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Far beyond every use. Below, even float64 rounds logits of 1/τ by more than a gradient can bear, silently;
+# above, float32 would no longer tell an excluded entry from a score. The same range holds for reciprocals.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-10, 1e10
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -39,39 +45,88 @@ class ScoreMatrix(NamedTuple):
         return self.scores
 
 
-def _describe(value: object) -> str:
+def shorten(value: object) -> str:
+    """repr(value) on one line of at most 80 characters, whatever it is."""
+    try:
+        text = " ".join(reprlib.repr(value).split())
+    except ValueError:  # Python writes no int of more than 4300 digits
+        return f"an int of {value.bit_length()} bits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def describe(value: object) -> str:
+    """What an argument was, for the message of an error."""
     if isinstance(value, Tensor):
+        if value.is_nested:  # has no shape
+            return "a nested tensor"
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    if isinstance(value, numpy.ndarray):
+        return f"a {value.dtype} numpy array of shape {list(value.shape)}"
+    return f"{shorten(value)} ({type(value).__name__})"
 
 
-def _check_matrix(name: str, value: object, shape: str = "[rows, D]") -> None:
+def check_dense(expected: str, tensor: Tensor) -> None:
+    """Raises TypeError for a nested or sparse tensor, of which no other property may be looked at."""
+    if tensor.is_nested:
+        raise TypeError(f"{expected}, got a nested tensor; pad it with .to_padded_tensor()")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{expected}, got layout {tensor.layout}; convert it with .to_dense()")
+
+
+def check_matrix(name: str, value: object, shape: str = "[rows, D]") -> None:
     expected = f"{name} must be a floating-point tensor of shape {shape}"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{expected}, got {_describe(value)}")
+        remedy = "" if value is None else "; wrap it in torch.tensor()"
+        raise TypeError(f"{expected}, got {describe(value)}{remedy}")
+    check_dense(expected, value)
     if value.dtype not in FLOATING:
-        raise TypeError(f"{expected}, got {_describe(value)}; convert it with .float()")
-    if value.layout != torch.strided:
-        raise TypeError(f"{expected}, got layout {value.layout}; convert it with .to_dense()")
+        raise TypeError(f"{expected}, got {describe(value)}; convert it with .float()")
     if value.dim() != 2:
-        raise ValueError(f"{expected}, got {_describe(value)}")
+        raise ValueError(f"{expected}, got {describe(value)}")
     if value.shape[0] == 0 or value.shape[1] == 0:
         raise ValueError(f"{name} is empty: shape {list(value.shape)}; skip empty batches")
 
 
-def _check_ids(name: str, ids: object, embeddings_name: str, embeddings: Tensor) -> Tensor:
+def check_ids(name: str, ids: object, embeddings_name: str, embeddings: Tensor) -> Tensor:
     expected = f"{name} must hold one integer for each of the {embeddings.shape[0]} rows of {embeddings_name}"
     if not isinstance(ids, Tensor):
-        raise TypeError(f"{expected}, got {_describe(ids)}; wrap it in torch.tensor()")
+        raise TypeError(f"{expected}, got {describe(ids)}; wrap it in torch.tensor()")
+    check_dense(expected, ids)
     if ids.dtype not in INTEGER:
-        raise TypeError(f"{expected}, got {_describe(ids)}; convert it with .long()")
+        raise TypeError(f"{expected}, got {describe(ids)}; convert it with .long()")
     if ids.shape != (embeddings.shape[0],):
-        raise ValueError(f"{expected}, got {_describe(ids)}")
+        raise ValueError(f"{expected}, got {describe(ids)}")
     if ids.device != embeddings.device:
         raise ValueError(
             f"{name} is on {ids.device} but {embeddings_name} is on {embeddings.device}; move one of them"
         )
     return ids.long()
+
+
+def check_embeddings(
+    images: object, captions: object, names: tuple[str, str] = ("images", "captions")
+) -> tuple[Tensor, Tensor]:
+    """Returns both in one dtype; `names` are those by which the caller's user knows them."""
+    check_matrix(names[0], images)
+    check_matrix(names[1], captions)
+    one, other = names
+    if images.shape[1] != captions.shape[1]:
+        raise ValueError(
+            f"{one} and {other} must share D, got {list(images.shape)} and {list(captions.shape)}"
+        )
+    if images.device != captions.device:
+        raise ValueError(
+            f"{one} are on {images.device} but {other} are on {captions.device}; move one of them"
+        )
+    if images.dtype != captions.dtype:
+        if not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"{one} are {images.dtype} but {other} are {captions.dtype}; convert one of them"
+            )
+        # Autocast leaves each encoder's output in whatever dtype its last op prefers.
+        dtype = torch.promote_types(images.dtype, captions.dtype)
+        images, captions = images.to(dtype), captions.to(dtype)
+    return images, captions
 
 
 def check_batch(
@@ -86,27 +141,12 @@ def check_batch(
     if scores is not None:
         if images is not None or captions is not None:
             raise TypeError("pass either images and captions or scores, not both")
-        _check_matrix("scores", scores, "[N, M]")
+        check_matrix("scores", scores, "[N, M]")
         sides = ("scores", scores, "scores.T", scores.T)
         return ScoreMatrix(scores, *_check_pairs(image_ids, caption_ids, num_pairs, *sides))
-    _check_matrix("images", images)
-    _check_matrix("captions", captions)
-    if images.shape[1] != captions.shape[1]:
-        raise ValueError(
-            f"images and captions must share D, got {list(images.shape)} and {list(captions.shape)}"
-        )
-    if images.device != captions.device:
-        raise ValueError(
-            f"images are on {images.device} but captions are on {captions.device}; move one of them"
-        )
-    if images.dtype != captions.dtype:
-        if not torch.is_autocast_enabled(images.device.type):
-            raise TypeError(
-                f"images are {images.dtype} but captions are {captions.dtype}; convert one of them"
-            )
-        # Autocast leaves each encoder's output in whatever dtype its last op prefers.
-        dtype = torch.promote_types(images.dtype, captions.dtype)
-        images, captions = images.to(dtype), captions.to(dtype)
+    if images is None and captions is None:
+        raise TypeError("images and captions are missing: pass both, or scores")
+    images, captions = check_embeddings(images, captions)
     if captions is images:
         captions = captions.view_as(captions)  # torch.compile takes no tensor twice
     sides = ("images", images, "captions", captions)
@@ -129,8 +169,8 @@ def _check_pairs(
             " (for a batch of pairs, the same tensor twice)"
         )
     if image_ids is not None:
-        image_ids = _check_ids("image_ids", image_ids, images_name, images)
-        caption_ids = _check_ids("caption_ids", caption_ids, captions_name, captions)
+        image_ids = check_ids("image_ids", image_ids, images_name, images)
+        caption_ids = check_ids("caption_ids", caption_ids, captions_name, captions)
         if caption_ids is image_ids:
             caption_ids = caption_ids.view_as(caption_ids)  # torch.compile takes no tensor twice
     return image_ids, caption_ids, _check_num_pairs(num_pairs, images, captions)
@@ -145,77 +185,113 @@ def _check_num_pairs(num_pairs: object, images: Tensor, captions: Tensor) -> int
                 " differ: image k and caption k are a pair for k < num_pairs"
             )
         return rows
-    if isinstance(num_pairs, bool) or not isinstance(num_pairs, (int, torch.SymInt)):
-        raise TypeError(f"num_pairs must be an int, got {_describe(num_pairs)}")
+    if isinstance(num_pairs, bool) or not isinstance(num_pairs, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"num_pairs must be an int, got {describe(num_pairs)}")
     if not 1 <= num_pairs <= min(rows, columns):
         raise ValueError(
             f"num_pairs must be between 1 and {min(rows, columns)}, the smaller number of rows of"
-            f" images ({rows}) and captions ({columns}); got {num_pairs}"
+            f" images ({rows}) and captions ({columns}); got {shorten(num_pairs)}"
         )
-    return num_pairs
+    return num_pairs if isinstance(num_pairs, (int, torch.SymInt)) else int(num_pairs)
 
 
-def check_temperature(temperature: object, device: torch.device) -> float | Tensor:
-    """Returns the temperature as a positive float or as a 0-d tensor.
+def check_temperature(
+    temperature: object, device: torch.device, name: str = "temperature"
+) -> float | Tensor:
+    """Returns the temperature, or its reciprocal called `name`, as a positive float or a 0-d tensor.
 
     The value of a CUDA tensor is not looked at, since that would stall the GPU and break graph
-    capture; neither is that of any tensor under torch.compile. `inverse_temperature` turns a
-    non-positive one into NaN.
+    capture; neither is that of any tensor under torch.compile. `inverse_temperature` turns one that is
+    out of range into NaN.
     """
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1 or not temperature.is_floating_point():
-            raise TypeError(
-                f"temperature must be a float or a 0-d floating tensor, got {_describe(temperature)}"
-            )
-        if temperature.device != device and temperature.device.type != "cpu":
-            raise ValueError(
-                f"temperature is on {temperature.device} but images are on {device}; move one of them"
-            )
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_positive("temperature", temperature.detach().item())
-        return temperature.reshape(())
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"temperature must be a float or a 0-d floating tensor, got {_describe(temperature)}"
+    expected = f"{name} must be a float or a 0-d floating tensor"
+    if not isinstance(temperature, Tensor):
+        value = _check_number(expected, temperature)
+        _check_range(name, value)
+        return value
+    check_dense(expected, temperature)
+    if temperature.numel() != 1 or temperature.dtype not in FLOATING:
+        raise TypeError(f"{expected}, got {describe(temperature)}")
+    if temperature.device != device and temperature.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {temperature.device} but images are on {device}; move one of them"
         )
-    _check_positive("temperature", temperature)
-    return float(temperature)
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(name, temperature.detach().item())
+    return temperature.reshape(())
 
 
-def _check_positive(name: str, value: float) -> None:
+def _check_number(expected: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        remedy = "; convert it with float()" if hasattr(value, "__float__") else ""
+        raise TypeError(f"{expected}, got {describe(value)}{remedy}")
+    try:
+        return float(value)
+    except OverflowError:  # an int such as 10**400
+        return math.inf if value > 0 else -math.inf
+
+
+def _check_range(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        raise ValueError(
+            f"{name} must be between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}, beyond which rounding"
+            f" would decide; got {value}"
+        )
+
+
+def score_dtype(like: Tensor) -> torch.dtype:
+    """In what the scores and the loss of this input are computed."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> float | Tensor:
     """1 / temperature; a tensor comes back 0-d on `like`'s device, in the dtype of the scores."""
     if not isinstance(temperature, Tensor):
         return 1.0 / temperature
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    temperature = temperature.to(like.device, dtype)
-    return torch.where(temperature > 0, temperature, torch.nan).reciprocal()
+    temperature = temperature.to(like.device, score_dtype(like))
+    in_range = (temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE)
+    return torch.where(in_range, temperature, torch.nan).reciprocal()
 
 
-def check_margin(margin: object) -> float:
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin must be a float, got {_describe(margin)}")
-    if not -math.inf < margin < math.inf:  # torch.compile traces comparisons, not math.isfinite
-        raise ValueError(f"margin must be finite, got {margin}")
-    return float(margin)
+def check_margin(margin: object, like: Tensor) -> float:
+    value = _check_number("margin must be a float", margin)
+    if not -_largest(like) <= value <= _largest(like):
+        raise ValueError(
+            f"margin must be finite in {score_dtype(like)}, the dtype of the scores; got {value}"
+        )
+    return value
 
 
-def check_direction_weights(weights: object) -> tuple[float, float]:
+def _largest(like: Tensor) -> float:
+    return torch.finfo(score_dtype(like)).max
+
+
+def check_direction_weights(weights: object, like: Tensor) -> tuple[float, float]:
     expected = "direction_weights must be two finite numbers >= 0: (image anchors, caption anchors)"
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
-        raise TypeError(f"{expected}, got {_describe(weights)}")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"{expected}, got {_describe(weights)}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{expected}, got {weights!r}")
-    return float(weights[0]), float(weights[1])
+        raise TypeError(f"{expected}, got {describe(weights)}")
+    values = _check_number(expected, weights[0]), _check_number(expected, weights[1])
+    if not all(0 <= value <= _largest(like) for value in values):
+        raise ValueError(f"{expected}, got {shorten(weights)}")
+    return values
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    expected = f"{name} must be one of {', '.join(map(repr, choices))}"
+    check_string(expected, value)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+        raise ValueError(f"{expected}; got {shorten(value)}")
+
+
+def check_string(expected: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}; got {describe(value)}")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Also takes 0 and 1; anything else that Python calls true or false is likely a mistake."""
+    if not isinstance(value, (bool, int, numpy.bool_)) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}")
+    return bool(value)

@@ -12,6 +12,8 @@ process with the whole batch.
 import torch
 from torch import Tensor, distributed
 
+from .arguments import describe
+
 
 def gather_rows(rows: Tensor, group: "distributed.ProcessGroup | None" = None) -> Tensor:
     """Returns the rows of all ranks, this rank's first: [B, ...] to [W * B, ...].
@@ -22,9 +24,12 @@ def gather_rows(rows: Tensor, group: "distributed.ProcessGroup | None" = None) -
     Args:
         rows: [B, ...] of any dtype, with the same B on every rank (`drop_last=True`).
         group: default: all ranks.
+
+    Raises:
+        TypeError: `rows` is no tensor, or a scalar.
     """
     if not isinstance(rows, Tensor) or rows.dim() == 0:
-        raise TypeError(f"rows must be a tensor of shape [B, ...], got {rows!r}")
+        raise TypeError(f"rows must be a tensor of shape [B, ...], got {describe(rows)}")
     if not distributed.is_available() or not distributed.is_initialized():
         return rows
     if distributed.get_world_size(group) == 1:

@@ -16,6 +16,7 @@ from .arguments import Batch, ScoreMatrix, check_batch, check_temperature, inver
 from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, backend_for, small_loss
 from .statistics import (
     HardestNegatives,
+    check_options,
     hardest_statistic,
     hinge_statistic,
     logsumexp_statistic,
@@ -67,7 +68,8 @@ def all_negatives_loss(
         captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
         scores: [N, M], a score matrix in place of images and captions, for models that compute one
             (cross-attention): it is read once forward, and its gradient written once backward.
-        temperature: τ > 0, a float or a 0-d tensor; a tensor that requires grad gets its gradient.
+        temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
+            one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m, added to the scores of the negatives.
         image_ids: [N] integers and
         caption_ids: [M] integers: caption j is a negative of image i iff their ids differ, so that
@@ -92,8 +94,9 @@ def all_negatives_loss(
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
     temperature = check_temperature(temperature, batch.tensor.device)
-    margin = arguments.check_margin(margin)
-    weights = _check_reduction(direction_weights, reduction)
+    margin = arguments.check_margin(margin, batch.tensor)
+    weights = arguments.check_direction_weights(direction_weights, batch.tensor)
+    _check_options(reduction, normalize, similarity, return_statistics, backend)
     scale = inverse_temperature(temperature, batch.tensor)
     if small := backend_for(batch, similarity, reduction, backend):
         loss, hardest = small_loss(
@@ -150,8 +153,10 @@ def hardest_negative_loss(
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
     temperature = check_temperature(temperature, batch.tensor.device)
-    margin = arguments.check_margin(margin)
-    weights = _check_reduction(direction_weights, reduction)
+    margin = arguments.check_margin(margin, batch.tensor)
+    weights = arguments.check_direction_weights(direction_weights, batch.tensor)
+    arguments.check_flag("smooth", smooth)
+    _check_options(reduction, normalize, similarity, return_statistics, backend)
     scale = inverse_temperature(temperature, batch.tensor)
     if small := backend_for(batch, similarity, reduction, backend):
         kind = HARDEST_SMOOTH if smooth else HARDEST
@@ -194,8 +199,10 @@ def hinge_loss(
         cost nothing extra with `hardest=True`.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    margin = arguments.check_margin(margin)
-    weights = _check_reduction(direction_weights, reduction)
+    margin = arguments.check_margin(margin, batch.tensor)
+    weights = arguments.check_direction_weights(direction_weights, batch.tensor)
+    arguments.check_flag("hardest", hardest)
+    _check_options(reduction, normalize, similarity, return_statistics, backend)
     if small := backend_for(batch, similarity, reduction, backend):
         kind = HARDEST if hardest else HINGE_SUM
         loss, negatives = small_loss(kind, batch, 1.0, margin, weights, reduction, normalize, small)
@@ -215,9 +222,17 @@ def hinge_loss(
     return loss, _statistics(batch, margin, backend)
 
 
-def _check_reduction(direction_weights: object, reduction: object) -> tuple[float, float]:
+def _check_options(
+    reduction: object,
+    normalize: object,
+    similarity: object,
+    return_statistics: object,
+    backend: object,
+) -> None:
+    """What `takes` looks at, and what nothing else checks."""
     arguments.check_choice("reduction", reduction, REDUCTIONS)
-    return arguments.check_direction_weights(direction_weights)
+    arguments.check_flag("return_statistics", return_statistics)
+    check_options(normalize, similarity, backend)
 
 
 def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:

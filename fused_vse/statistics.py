@@ -17,6 +17,8 @@ from .arguments import (
     ScoreMatrix,
     check_batch,
     check_choice,
+    check_flag,
+    check_string,
     check_temperature,
     inverse_temperature,
 )
@@ -84,6 +86,7 @@ def hardest_negatives(
         RuntimeError: the named backend is not available here.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
+    check_options(normalize, similarity, backend)
     batch, backend = prepare(batch, normalize, similarity, backend)
     return hardest_statistic(batch, backend)
 
@@ -104,22 +107,34 @@ def negative_logsumexp(
     """log Σ exp(s / temperature) over the negatives of every anchor, in both directions.
 
     Args:
-        temperature: positive float, or 0-d tensor, which receives its gradient if it requires one.
+        temperature: from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires one.
         For the others, the results and the errors raised: see `hardest_negatives`.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
     temperature = check_temperature(temperature, batch.tensor.device)
+    check_options(normalize, similarity, backend)
     batch, backend = prepare(batch, normalize, similarity, backend)
     scale = inverse_temperature(temperature, batch.tensor)
     positive, logsumexp = logsumexp_statistic(batch, scale, backend)
     return NegativeLogsumexp(positive, logsumexp.to(positive.dtype))
 
 
+def check_options(normalize: object, similarity: object, backend: object) -> None:
+    check_flag("normalize", normalize)
+    check_choice("similarity", similarity, SIMILARITIES)
+    # `select` knows the names and the reasons.
+    check_string("backend must be 'auto' or a name listed by fused_vse.backends()", backend)
+
+
 def prepare(
     batch: Batch | ScoreMatrix, normalize: bool, similarity: str, backend: str
 ) -> tuple[Batch | ScoreMatrix, str]:
     """Chooses the backend, or its family of ops, and normalises the embeddings if asked to."""
-    check_choice("similarity", similarity, SIMILARITIES)
+    if batch.tensor.is_meta and backend in ("auto", REFERENCE):
+        name = "scores are" if isinstance(batch, ScoreMatrix) else "images and captions are"
+        raise ValueError(
+            f"{name} on meta, where tensors hold no data; materialise the model with .to_empty()"
+        )
     if isinstance(batch, ScoreMatrix):
         if normalize or similarity != "dot":
             raise ValueError(
