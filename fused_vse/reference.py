@@ -135,4 +135,9 @@ def hinge_sum(images, captions, image_ids, caption_ids, num_pairs, margin):
 def l2_normalize(rows: Tensor) -> Tensor:
     """rows / max(‖rows‖₂, 1e-12) [N, D], computed in float32 or float64, in the input's dtype."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.nn.functional.normalize(rows.to(dtype), dim=1).to(rows.dtype)
+    x = rows.to(dtype)
+    # The squares of a huge row would overflow, and the row become 0: a power of two takes it near 1.
+    huge = 2.0**500 if dtype is torch.float64 else 2.0**50
+    is_huge = x.detach().abs().amax(1, keepdim=True) > huge
+    x = x * torch.ones_like(x[:, :1]).masked_fill(is_huge, 2.0**-30 / huge)
+    return torch.nn.functional.normalize(x, dim=1).to(rows.dtype)

@@ -145,6 +145,40 @@ def test_normalize_of_a_zero_row_is_zero_with_a_finite_gradient(loss_backend):
     assert_close(images.grad, expected.grad, 1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [
+        *((torch.float32, power) for power in (40, 64, 90, 125, -60, -120)),
+        *((torch.bfloat16, power) for power in (64, 125, -60, -120)),
+        *((torch.float64, power) for power in (90, 499, 512, 800, 1021, -60, -800)),
+    ],
+    ids=str,
+)
+def test_normalize_of_rows_whose_squares_overflow_or_underflow(dtype, power, backend):
+    """As torch.nn.functional.normalize would, if squares had more exponents; 1e-12 is its least norm."""
+    images, captions = (x.to(dtype) for x in embeddings(CASES[7], normalize=False))
+    factor = torch.tensor(2.0, dtype=torch.float64).pow(power)
+    images[::2] = (images[::2] * factor).to(dtype)
+    unit = torch.nn.functional.normalize(images.double() / factor)
+    rows = images.double() / 1e-12 if power < 0 else unit
+    rows[1::2] = torch.nn.functional.normalize(images[1::2].double())
+    images.requires_grad_()
+    options = {"num_pairs": CASES[7].pairs, "backend": backend}
+    value = all_negatives_loss(images, captions, normalize=True, **options)
+    expected = all_negatives_loss(
+        rows.to(dtype), torch.nn.functional.normalize(captions), num_pairs=CASES[7].pairs
+    )
+    assert_close(value, expected, 2e-2 if dtype is torch.bfloat16 else 1e-5)
+    value.backward()
+    assert images.grad.isfinite().all() and (images.grad[1::2] != 0).any()
+    # It has no part along the row, up to rounding and to what is too small for a float.
+    along = (images.grad.double() * unit).sum(1).abs()[::2]
+    assert (
+        power < 0
+        or (along <= 1e-2 * images.grad[::2].double().abs().amax(1) + torch.finfo(dtype).tiny).all()
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("case", [c for c in CASES if c.dim <= 33], ids=str)
 def test_integer_embeddings_are_exact(case, dtype, loss_backend):

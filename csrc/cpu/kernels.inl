@@ -143,21 +143,31 @@ T max_abs(const T* x, int64_t n) {
 constexpr double NORM_EPS = 1e-12;  // as torch.nn.functional.normalize
 
 template <typename T>
-double squared_norm(const T* x, int64_t d) {
+double squared_norm(const T* x, int64_t d, double scale) {
   double lanes[8] = {};  // float32 squares would overflow above 1e19
+  const auto square = [&](int64_t k) {
+    const double y = double(x[k]) * scale;
+    return y * y;
+  };
   int64_t k = 0;
   for (; k + 8 <= d; k += 8)
-    for (int64_t l = 0; l < 8; ++l) lanes[l] += double(x[k + l]) * double(x[k + l]);
-  for (int64_t l = 0; k < d; ++k, ++l) lanes[l] += double(x[k]) * double(x[k]);
+    for (int64_t l = 0; l < 8; ++l) lanes[l] += square(k + l);
+  for (int64_t l = 0; k < d; ++k, ++l) lanes[l] += square(k);
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
+// Where the squares overflow double, or the inverse norm is no normal T, a power of two takes the row near 1.
 template <typename T>
 T normalize(const T* x, int64_t d, T* y) {
-  const double norm = __builtin_sqrt(squared_norm(x, d));
-  const T inverse = T(1.0 / (norm < NORM_EPS ? NORM_EPS : norm));
-  for_each_vec<T>(d, [&](int64_t k, auto access) { access.store(y + k, access.load(x + k) * inverse); });
-  return inverse;
+  constexpr bool is_double = sizeof(T) == 8;
+  constexpr double huge = is_double ? 0x1p1000 : 0x1p200, shrink = is_double ? 0x1p-530 : 0x1p-100;
+  double scale = 1, squares = squared_norm(x, d, 1);
+  if (squares > huge) scale = shrink, squares = squared_norm(x, d, shrink);
+  const double norm = __builtin_sqrt(squares);
+  const T factor = T(scale), inverse = T(1.0 / (norm < NORM_EPS ? NORM_EPS : norm));
+  for_each_vec<T>(
+      d, [&](int64_t k, auto access) { access.store(y + k, access.load(x + k) * factor * inverse); });
+  return factor * inverse;
 }
 
 template <typename T>
