@@ -1,5 +1,6 @@
 """The stand-ins for packages, against the real ones, which come with the extra "peers"."""
 
+import numpy as np
 import pytest
 import torch
 from test_integrations import BATCHES, B, D, assert_same, random_batch, unit_rows
@@ -78,6 +79,49 @@ def test_clip_loss_with_bias(clip_losses):
     assert bias.grad == 0  # theirs is a rounding error
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *(
+            ({"logit_scale": scale}, error, f"logit_scale must be .*got {got}")
+            for scale, error, got in (
+                (0, ValueError, "0"),
+                (-1, ValueError, "-1"),
+                (torch.tensor(-1.0), ValueError, "-1"),
+                (None, TypeError, "None"),
+                ("100", TypeError, "'100'"),
+                (torch.ones(2), TypeError, r"a float32 tensor of shape \[2\]"),
+            )
+        ),
+        ({"logit_bias": "1"}, TypeError, "logit_bias must be .*got '1'"),
+        ({"image_features": [[1.0]]}, TypeError, "image_features must be .*list"),
+        ({"text_features": np.ones((9, 9))}, TypeError, "text_features must be .*numpy array"),
+        ({"text_features": torch.ones(B, D + 1)}, ValueError, "image_features and .* share D"),
+        ({"text_features": torch.ones(B, D).double()}, TypeError, "image_features are .*float32"),
+    ],
+)
+def test_clip_loss_names_bad_arguments(clip_losses, change, error, message):
+    im, s = (x.float() for x in random_batch())
+    arguments = {"image_features": im, "text_features": s, "logit_scale": 20.0} | change
+    with pytest.raises(error, match="^" + message):
+        clip_losses[0]()(**arguments)
+
+
+@pytest.mark.parametrize("world_size", [0, None, "2", 2.0])
+def test_clip_loss_names_a_bad_world_size(clip_losses, world_size):
+    with pytest.raises(ValueError, match=f"world_size must be an int >= 1, got {world_size!r}"):
+        clip_losses[0](world_size=world_size)
+
+
+def test_clip_loss_takes_numbers(clip_losses):
+    im, s = (x.float() for x in random_batch())
+    for scale in (20, np.float32(20), torch.tensor([20.0])):
+        for bias in (None, -10.0, np.float32(-10), torch.tensor([-10.0])):
+            ours, theirs = (make()(im, s, scale, bias) for make in clip_losses)
+            assert torch.isclose(ours, theirs, atol=1e-6)
+    assert clip_losses[0]()(im, s, 20.0, float("nan")).isnan()
+
+
 # --------------------------------------------------------------------------------- sentence_transformers
 JOINT = ["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 RANKING_OPTIONS = {
@@ -144,6 +188,20 @@ def test_ranking_loss_through_a_model(ranking_losses):
         results.append((value, *torch.autograd.grad(value, linear.parameters())))
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_ranking_loss_names_bad_arguments(ranking_losses):
+    queries, positives = (x.float() for x in random_batch())
+
+    def call(*columns, **options):
+        return from_embeddings(ranking_losses[0](None, **options))(*columns)
+
+    with pytest.raises(ValueError, match=rf"a positive for each of the {B} queries, got 3 rows"):
+        call(queries, positives[:3], positives)  # with enough negatives to fill up
+    with pytest.raises(ValueError, match="scale must be between .*got 1e-39"):
+        call(queries, positives, scale=1e-39)
+    with pytest.raises(ValueError, match="scale must be positive and finite, got inf"):
+        call(queries, positives, scale=float("inf"))
 
 
 # ------------------------------------------------------------------------------- pytorch_metric_learning
@@ -235,3 +293,10 @@ def test_ntxent_where_the_library_gives_up(ntxent_losses):
         for make in ntxent_losses
     )
     assert torch.isclose(ours, torch.tensor(100.0)) and theirs < 88
+
+
+@pytest.mark.parametrize("dtypes", ["bool bool", "uint16 uint16", "int64 int32", "uint8 int64"])
+def test_ntxent_with_labels_of_any_dtype(ntxent_losses, dtypes):
+    labels, others = ((LABELS % 2).to(getattr(torch, dtype)) for dtype in dtypes.split())
+    ours, theirs = (paired(make(), labels, others) for make in ntxent_losses)
+    assert_same(ours, theirs, random_batch())

@@ -1,6 +1,9 @@
 """What the trainers that descend from VSE++ share: a margin and a switch for hardest negatives."""
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..arguments import check_flag
+from ..losses import hinge_loss
 
 
 class TripletSwitch(nn.Module):
@@ -13,6 +16,11 @@ class TripletSwitch(nn.Module):
         super().__init__()
         self.margin = margin
         self.max_violation = max_violation
+
+    def hinges(self, *embeddings: Tensor, **options) -> Tensor:
+        """The loss of embeddings, or of `scores`."""
+        hardest = check_flag("max_violation", self.max_violation)
+        return hinge_loss(*embeddings, margin=self.margin, hardest=hardest, **options)
 
     def max_violation_on(self) -> None:
         self.max_violation = True

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..losses import all_negatives_loss, hinge_loss
+from ..losses import all_negatives_loss
+from ._checks import check_square, option
 from ._triplet import TripletSwitch
 
 
@@ -11,13 +12,14 @@ class ContrastiveLoss(TripletSwitch):
 
     def __init__(self, opt=None, margin=0.2, max_violation=False):
         if opt is not None:
-            margin, max_violation = opt.margin, opt.max_violation
+            margin, max_violation = option(opt, "margin"), option(opt, "max_violation")
         super().__init__(margin, max_violation)
         self.opt = opt
 
     def forward(self, sims: Tensor) -> Tensor:
         """The loss of a score matrix [B, B], images by captions."""
-        return hinge_loss(scores=sims, margin=self.margin, hardest=self.max_violation)
+        check_square(sims=sims)
+        return self.hinges(scores=sims)
 
 
 class InfoNCELoss(nn.Module):
@@ -36,4 +38,5 @@ class InfoNCELoss(nn.Module):
 
     def forward(self, sims: Tensor) -> Tensor:
         """The loss of a score matrix [B, B], images by captions."""
+        check_square(sims=sims)
         return all_negatives_loss(scores=sims, temperature=self.temperature, margin=self.margin)

@@ -5,11 +5,15 @@
 With open_clip installed it is a subclass of the original; without, it stands by itself.
 """
 
+import numbers
+
 import torch
 from torch import Tensor, distributed, nn
 
+from ..arguments import check_temperature, describe
 from ..distributed import gather_rows
 from ..losses import all_negatives_loss
+from ._checks import check_pairs
 
 try:
     from open_clip.loss import ClipLoss as _Original
@@ -35,6 +39,8 @@ class ClipLoss(_Original):
         world_size=1,
         use_horovod=False,
     ):
+        if not isinstance(world_size, numbers.Integral) or world_size < 1:
+            raise ValueError(f"world_size must be an int >= 1, got {describe(world_size)}")
         if use_horovod:
             raise ValueError("use_horovod is not supported; use torch.distributed")
         super().__init__()
@@ -50,19 +56,24 @@ class ClipLoss(_Original):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of features [B, D] each, or {"contrastive_loss": loss}.
 
         `logit_scale` multiplies the scores. `logit_bias` cancels in a softmax and gets gradient 0.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+            RuntimeError: several ranks, but no process group.
         """
-        own = image_features.shape[0]
-        if text_features.shape[0] != own:
-            raise ValueError(
-                f"image_features and text_features must be pairs, got {own} and"
-                f" {text_features.shape[0]} rows"
+        if not isinstance(logit_bias, (Tensor, numbers.Real, type(None))):
+            raise TypeError(
+                f"logit_bias must be a tensor, a float or None, got {describe(logit_bias)}"
             )
+        check_pairs(image_features=image_features, text_features=text_features)
+        own = image_features.shape[0]
+        logit_scale = check_temperature(logit_scale, image_features.device, "logit_scale")
         if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
             logit_scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
         if self.world_size > 1:
@@ -82,7 +93,7 @@ class ClipLoss(_Original):
         if self.world_size > 1 and not self.local_loss:
             loss = loss + (self._mean_over_ranks(loss) - loss.detach())
         if logit_bias is not None:
-            loss = loss + 0 * logit_bias.sum()
+            loss = loss + 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _mean_over_ranks(self, loss: Tensor) -> Tensor:

@@ -5,14 +5,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..losses import all_negatives_loss, hinge_loss
+from ..arguments import check_embeddings, check_flag, check_temperature
+from ..losses import all_negatives_loss
+from ._checks import check_pairs, mean_of
 from ._triplet import TripletSwitch
 
 Embeddings = Tensor | dict[str, Tensor]
-
-
-def _mean(embeddings: Embeddings) -> Tensor:
-    return embeddings["mean"] if isinstance(embeddings, dict) else embeddings
 
 
 class TripletLoss(TripletSwitch):
@@ -23,7 +21,9 @@ class TripletLoss(TripletSwitch):
 
     def forward(self, im: Embeddings, s: Embeddings, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of embeddings [B, D], or of the entries "mean" of dicts, and what to log."""
-        loss = hinge_loss(_mean(im), _mean(s), margin=self.margin, hardest=self.max_violation)
+        im, s = mean_of("im", im), mean_of("s", s)
+        check_pairs(im=im, s=s)
+        loss = self.hinges(im, s)
         return loss, {"loss": loss.detach()}
 
 
@@ -32,6 +32,7 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, init_tau=1, **kwargs):
         super().__init__()
+        init_tau = check_temperature(init_tau, torch.device("cpu"), "init_tau")
         self.tau = nn.Parameter(init_tau * torch.ones(1))
 
     def max_violation_on(self) -> None:
@@ -43,7 +44,17 @@ class InfoNCELoss(nn.Module):
         self, img_emb: Embeddings, cap_emb: Embeddings, distributed: bool = False, **kwargs
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what to log; `distributed`: images [B, D], captions [W B, D], the own first."""
-        images, captions = _mean(img_emb), _mean(cap_emb)
+        images, captions = mean_of("img_emb", img_emb), mean_of("cap_emb", cap_emb)
+        if check_flag("distributed", distributed):
+            check_embeddings(images, captions, ("img_emb", "cap_emb"))
+            if captions.shape[0] < images.shape[0]:
+                raise ValueError(
+                    "cap_emb must start with the captions of all rows of img_emb, got"
+                    f" {captions.shape[0]} rows for {images.shape[0]}"
+                )
+        else:
+            check_pairs(img_emb=images, cap_emb=captions)
+        check_temperature(self.tau, images.device, "tau")
         loss = all_negatives_loss(
             images,
             captions,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..arguments import INTEGER
 from ..statistics import negative_logsumexp
 
 try:
@@ -36,13 +37,12 @@ class NTXentLoss(losses.NTXentLoss):
         """The losses of all positive pairs in the library's form."""
         if (
             indices_tuple is not None
-            or labels is None
-            or labels.is_floating_point()
+            or any(ids is None or ids.dtype not in INTEGER for ids in (labels, ref_labels))
             or type(self.distance) not in (CosineSimilarity, DotProductSimilarity)
             or self.distance.power != 1
         ):
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        anchor, other = _equal_pairs(labels, ref_labels)
+        anchor, other = _equal_pairs(labels.long(), ref_labels.long())
         num_negatives = labels.numel() * ref_labels.numel() - anchor.numel()
         if ref_labels is labels:
             apart = anchor != other

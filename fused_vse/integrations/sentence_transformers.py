@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..arguments import check_batch
+from ..arguments import check_batch, check_temperature
 from ..statistics import NegativeLogsumexp, logsumexp_statistic, prepare
 
 try:
@@ -30,6 +30,11 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             return super().compute_loss_from_embeddings(embeddings, labels)
 
         own = embeddings[0].shape[0]
+        if embeddings[1].shape[0] < own:
+            raise ValueError(
+                f"embeddings must hold a positive for each of the {own} queries, got"
+                f" {embeddings[1].shape[0]} rows in column 1"
+            )
         if self.gather_across_devices:
             embeddings = [_own_first(column, own) for column in embeddings]
         queries, documents = embeddings[0], torch.cat(embeddings[1:])
@@ -60,7 +65,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
     ) -> NegativeLogsumexp:
         batch = check_batch(rows, columns, num_pairs=own, **ids)
         batch, backend = prepare(batch, self.similarity_fct is cos_sim, "dot", "auto")
-        return logsumexp_statistic(batch, float(self.scale), backend)
+        scale = check_temperature(self.scale, torch.device("cpu"), "scale")
+        return logsumexp_statistic(batch, float(scale), backend)
 
 
 def _own_first(column: Tensor, own: int) -> Tensor:

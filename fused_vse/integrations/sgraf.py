@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..losses import hinge_loss
+from ._checks import check_square
 from ._triplet import TripletSwitch
 
 
@@ -14,4 +14,5 @@ class ContrastiveLoss(TripletSwitch):
 
     def forward(self, scores: Tensor) -> Tensor:
         """The loss of a score matrix [B, B], images by captions."""
-        return hinge_loss(scores=scores, margin=self.margin, hardest=self.max_violation)
+        check_square(scores=scores)
+        return self.hinges(scores=scores)

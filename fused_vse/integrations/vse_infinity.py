@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..losses import hinge_loss
+from ._checks import check_pairs
 from ._triplet import TripletSwitch
 
 
@@ -15,4 +15,5 @@ class ContrastiveLoss(TripletSwitch):
 
     def forward(self, im: Tensor, s: Tensor) -> Tensor:
         """The loss of image embeddings [B, D] and caption embeddings [B, D]."""
-        return hinge_loss(im, s, margin=self.margin, hardest=self.max_violation)
+        check_pairs(im=im, s=s)
+        return self.hinges(im, s)

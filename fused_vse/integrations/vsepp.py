@@ -6,7 +6,9 @@ Formulas: arXiv 1707.05612 (the hinges) and arXiv 2110.08872 (CCL, CCLHN and Sim
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_flag, check_temperature
 from ..losses import all_negatives_loss, hardest_negative_loss, hinge_loss
+from ._checks import check_pairs
 
 
 class ContrastiveLoss(nn.Module):
@@ -31,6 +33,9 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, im: Tensor, s: Tensor) -> Tensor:
         """The loss of image embeddings [B, D] and caption embeddings [B, D]."""
+        check_pairs(im=im, s=s)
+        if self.loss_fn in ("CCL", "CCLHN", "SimCLR"):
+            check_temperature(self.temp, im.device, "temp")
         similarity = "order" if self.measure == "order" else "dot"
         if self.loss_fn == "CCL":
             return all_negatives_loss(im, s, temperature=self.temp, similarity=similarity)
@@ -40,9 +45,8 @@ class ContrastiveLoss(nn.Module):
             )
         if self.loss_fn == "SimCLR":
             return self._nt_xent(im, s)
-        return hinge_loss(
-            im, s, margin=self.margin, hardest=self.max_violation, similarity=similarity
-        )
+        hardest = check_flag("max_violation", self.max_violation)
+        return hinge_loss(im, s, margin=self.margin, hardest=hardest, similarity=similarity)
 
     def _nt_xent(self, im: Tensor, s: Tensor) -> Tensor:
         # Embedding k of the 2B is compared with all of them; itself and its partner share its id and
