@@ -23,6 +23,7 @@ struct Shared {
   // Of all anchors, row 0 for images; see struct Anchor.
   float reference[2][MAX_ROWS], weight[2][MAX_ROWS], pull[2][MAX_ROWS];
   float loss[THREADS], d_alpha[THREADS];
+  float largest[THREADS], gain[TILE];  // see find_gains
 };
 
 template <typename T>
@@ -56,9 +57,8 @@ struct Problem {
     hardest[side * k + i] = hardest_score;
     index[side * k + i] = hardest_index;
   }
-  // A float16 weight exp(..) / sum would underflow where the gradient matters; the sum of two stays below
-  // 65504.
-  static constexpr float GAIN = std::is_same_v<T, Half> ? 16384.0f : 1.0f;
+  // Only float16 has too few powers of two for the entries of G.
+  static constexpr bool HAS_GAINS = std::is_same_v<T, Half>;
 };
 
 // Place of a strip: rows [row, row + height) and columns [col, col + 64) of S.
@@ -216,7 +216,7 @@ SIMT bool merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
         if (report) x.report(side, i, positive, sum.max, sum.index);
       }
       shared.reference[side][i] = anchor.reference;
-      shared.weight[side][i] = anchor.weight * x.GAIN;
+      shared.weight[side][i] = anchor.weight;
       shared.pull[side][i] = anchor.pull;
       loss += anchor.loss;
       d_alpha += anchor.d_alpha;
@@ -247,6 +247,45 @@ SIMT bool merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
   return poisoned;
 }
 
+// G_ij for s = s_ij: what the two anchors give to a negative's score.
+template <typename T>
+SIMT float gradient_at(const Shared& shared, const Problem<T>& x, float alpha, float s, int i, int j) {
+  if (x.id(0, i) == x.id(1, j)) return 0;
+  return gradient_of(x.kind, alpha, s, j, shared.reference[0][i], shared.weight[0][i]) +
+         gradient_of(x.kind, alpha, s, i, shared.reference[1][j], shared.weight[1][j]);
+}
+
+// A power of two for each of the job's 64 rows of G, that lifts its largest entry to [2^14, 2^15): weights of
+// an easy anchor, all of them, may lie below the smallest float16, and still be worth something once a
+// gradient scaler has multiplied them. What is lost then is 2^-39 of the row's largest.
+template <typename T>
+SIMT void find_gains(const Block<Shared>& block, const Problem<T>& x, const Job& job) {
+  constexpr int EACH = THREADS / TILE;  // threads a row
+  Shared& shared = *block.shared;
+  const float alpha = x.alpha();
+  const int rows = job.of_images ? x.images.count : x.captions.count;
+  const int others = job.of_images ? x.captions.count : x.images.count;
+  for_each_thread([&](int thread) {
+    const int own = job.row + thread / EACH;
+    float largest = 0;
+    if (own < rows) {
+#pragma unroll 8
+      for (int other = thread % EACH; other < others; other += EACH) {
+        const int i = job.of_images ? own : other, j = job.of_images ? other : own;
+        largest = fmaxf(largest, gradient_at(shared, x, alpha, x.score(i, j), i, j));
+      }
+    }
+    shared.largest[thread] = largest;
+  });
+  block_sync();
+  for_each_thread([&](int thread) {
+    if (thread >= TILE) return;
+    float largest = 0;
+    for (int t = 0; t < EACH; ++t) largest = fmaxf(largest, shared.largest[thread * EACH + t]);
+    shared.gain[thread] = gain_of(largest);
+  });
+}
+
 // G of 64 rows of one side by a chunk of rows of the other, into stage.a; for captions it is transposed.
 template <typename T>
 SIMT void fill_gradient_of_scores(const Block<Shared>& block, const Problem<T>& x, const Job& job, int first,
@@ -274,10 +313,9 @@ SIMT void fill_gradient_of_scores(const Block<Shared>& block, const Problem<T>& 
       for (int q = 0; q < BATCH; ++q) {
         const int e = first_e + q * THREADS;
         const auto [i, j] = place_of(e);
-        float g = 0;
-        if (i < x.images.count && j < x.captions.count && x.id(0, i) != x.id(1, j))
-          g = gradient_of(x.kind, alpha, s[q], j, shared.reference[0][i], shared.weight[0][i]) +
-              gradient_of(x.kind, alpha, s[q], i, shared.reference[1][j], shared.weight[1][j]);
+        const bool inside = i < x.images.count && j < x.captions.count;
+        float g = inside ? gradient_at(shared, x, alpha, s[q], i, j) : 0;
+        if (x.HAS_GAINS) g *= shared.gain[row_of(e)];
         at<T, CHUNK_BYTES>(stage.a, row_of(e), job.of_images ? e % CHUNK<T> : e / TILE) = T(g);
       }
     }
@@ -290,6 +328,7 @@ SIMT void multiply_gradient(const Block<Shared>& block, const Problem<T>& x, int
   const Job job = job_of(x.plan, number);
   const Rows<T>& others = job.of_images ? x.captions : x.images;
   const int rows = job.of_images ? x.images.count : x.captions.count;
+  if (x.HAS_GAINS) find_gains(block, x, job);
   PerThread<Accumulator> acc;
   multiply_chunks<T, true>(
       block.shared->stages, 0, ceil_div(others.count, CHUNK<T>), acc,
@@ -304,7 +343,8 @@ SIMT void multiply_gradient(const Block<Shared>& block, const Problem<T>& x, int
       const Coordinate at = coordinate<T>(thread, r);
       const int i = job.row + at.row, d = job.first + at.col;
       if (i >= rows || d >= others.dim) continue;
-      float sum = acc[thread].at[r] / x.GAIN;
+      float sum = acc[thread].at[r];
+      if (x.HAS_GAINS) sum /= block.shared->gain[at.row];
       if (i < x.k)
         sum -= (block.shared->pull[0][i] + block.shared->pull[1][i]) *
                float(others.data[int64_t(i) * others.dim + d]);

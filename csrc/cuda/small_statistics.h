@@ -124,4 +124,9 @@ SIMT float gradient_of(Loss loss, float alpha, float s, int index, float referen
   return float(index) == reference ? weight : 0;
 }
 
+// A power of two that lifts `largest` to [2^14, 2^15), for float16.
+SIMT float gain_of(float largest) {
+  return largest > 0 ? ldexpf(1, min(14 - ilogbf(largest), 126)) : 1;  // its inverse is a normal number
+}
+
 }  // namespace fused_vse::small
