@@ -35,7 +35,9 @@ __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint64_t* barrier, 
                "r"(bytes)
                : "memory");
 }
-// On the barrier at the same place in block `rank` of the cluster.
+// On the barrier at the same place in block `rank` of the cluster. It orders no memory between the blocks:
+// what the other one may overwrite after it has been read by wgmma, and that is over. Scope .cluster would
+// add a MEMBAR.ALL.GPU to every step.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
