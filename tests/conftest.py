@@ -1,7 +1,9 @@
-"""Backends as a fixture, poisoned memory, and an assertion that shows the worst element."""
+"""Backends as a fixture, poisoned memory, what tests on a GPU share, and an assertion that shows the worst
+element."""
 
 import pytest
 import torch
+from cases import embeddings, ids_of
 
 import fused_vse
 from fused_vse.backends import cpu
@@ -34,11 +36,51 @@ def loss_backend(request, monkeypatch) -> str:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN: an element that no kernel wrote shows."""
-    torch.use_deterministic_algorithms(True)
+def poisoned_memory(request):
+    """torch.empty gives NaN: an element that no kernel wrote shows. On a GPU, what PyTorch cannot do
+    deterministically (its own backward) only warns."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(case, dtype=torch.bfloat16, seed=0, make=embeddings):
+    return [x.cuda() for x in make(case, dtype, seed)]
+
+
+def ids_on(device, case):
+    return [None if x is None else x.to(device) for x in ids_of(case)]
+
+
+def differentiated(loss, pair, case, backend, upstream=1.0, **options):
+    """The loss and both gradients."""
+    pair = [x.detach().requires_grad_() for x in pair]  # no copy: a view stays one
+    ids = ids_on(pair[0].device, case)
+    keywords = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
+    value = loss(*pair, backend=backend, **keywords, **options)
+    (value.sum() * upstream).backward()
+    return [value.detach(), *(x.grad for x in pair)]
+
+
+def captured(step):
+    """A CUDA graph of step(), and what it returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+    return graph, value
+
+
+def assert_same(results, expected):
+    """The same bits."""
+    for got, want in zip(results, expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def assert_close(

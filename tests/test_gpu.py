@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 
+import conftest
+import eager
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+from cases import CASES, Case, integer_embeddings
+from conftest import assert_same, captured, ids_on, on_gpu
+from eager import relative
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
@@ -35,60 +39,8 @@ def loss(request):
     return LOSSES[request.param]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """As in conftest.py, but what PyTorch cannot do deterministically (its own backward) only warns."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def on_gpu(case, dtype=torch.bfloat16):
-    return [x.cuda() for x in embeddings(case, dtype)]
-
-
 def differentiated(loss, pair, case, backend="triton", **options):
-    pair = [x.detach().requires_grad_() for x in pair]
-    ids = [None if x is None else x.cuda() for x in ids_of(case)]
-    value = loss(
-        *pair,
-        image_ids=ids[0],
-        caption_ids=ids[1],
-        num_pairs=case.pairs,
-        backend=backend,
-        **options,
-    )
-    value.sum().backward()
-    return [value.detach(), *(x.grad for x in pair)]
-
-
-def eager_scores(images, captions, ids):
-    """S as eager PyTorch computes it, in the embeddings' dtype, with -inf for what is no negative."""
-    if ids[0] is None:
-        ids = [torch.arange(len(x), device=x.device) for x in (images, captions)]
-    scores = images @ captions.T
-    return scores, scores.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
-
-
-def eager(name, images, captions, case):
-    """The losses in plain PyTorch at the embeddings' own dtype: the error that is allowed."""
-    ids = [None if x is None else x.cuda() for x in ids_of(case)]
-    scores, masked = eager_scores(images, captions, ids)
-    p, k = scores.diagonal()[: case.pairs], case.pairs
-    total = 0
-    for s in (masked[:k], masked[:, :k].T):
-        if name.startswith("all_negatives"):
-            tau = 0.01 if name.endswith("cold") else 0.1
-            total = total + (torch.cat([p[:, None], s], 1) / tau).logsumexp(1) - p / tau
-        elif name == "hardest":
-            total = total + (0.2 + s.max(1).values - p).relu() / 0.1
-        else:
-            total = total + (0.2 + s - p[:, None]).relu().sum(1)
-    return total.mean()
-
-
-def worst(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return conftest.differentiated(loss, pair, case, backend, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,17 +51,14 @@ def worst(actual, expected):
 def test_no_less_accurate_than_eager(name, case, dtype):
     pair = on_gpu(case, dtype)
     expected = differentiated(LOSSES[name], [x.double() for x in pair], case, "reference")
-    leaves = [x.detach().requires_grad_() for x in pair]
-    value = eager(name, *leaves, case)
-    value.backward()
-    plain = [value.detach(), *(x.grad for x in leaves)]
+    plain = eager.differentiated(name, pair, case, 0.01 if name.endswith("cold") else 0.1)
     actual = differentiated(LOSSES[name], pair, case)
     for got, other, want in zip(actual, plain, expected, strict=True):
         # A few units in the last place of what is returned count as none.
         smallest = 4 * torch.finfo(got.dtype).eps
-        assert worst(got, want) <= 1.5 * worst(other, want) + smallest, (
-            worst(got, want),
-            worst(other, want),
+        assert relative(got, want) <= 1.5 * relative(other, want) + smallest, (
+            relative(got, want),
+            relative(other, want),
         )
 
 
@@ -120,8 +69,7 @@ def test_integer_embeddings_are_exact(case, precision):
     torch.set_float32_matmul_precision(precision)
     try:
         for dtype in DTYPES:
-            pair = [x.cuda() for x in integer_embeddings(case, dtype)]
-            ids = [None if x is None else x.cuda() for x in ids_of(case)]
+            pair, ids = on_gpu(case, dtype, make=integer_embeddings), ids_on("cuda", case)
             keywords = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
             got = hardest_negatives(*pair, backend="triton", **keywords)
             want = hardest_negatives(*(x.double() for x in pair), backend="reference", **keywords)
@@ -146,8 +94,7 @@ def test_bitwise_repeatable(loss, case, dtype):
     first = differentiated(loss, pair, case)
     for _ in range(5):
         torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
-        for a, b in zip(first, differentiated(loss, pair, case), strict=True):
-            assert torch.equal(a, b)
+        assert_same(differentiated(loss, pair, case), first)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -175,7 +122,7 @@ def test_certified_search_is_exact(kind):
         captions[1::2] = captions[::2]
     elif kind == "near ties":
         near_ties(images, captions)
-    ids = [x.cuda() for x in ids_of(case)]
+    ids = ids_on("cuda", case)
     got = hardest_negatives(
         images,
         captions,
@@ -215,12 +162,8 @@ def test_strided_views(loss):
     expected = differentiated(loss, (images, captions), LARGE)
     wide = torch.full((2304, 403), torch.nan, dtype=torch.bfloat16, device="cuda")
     wide[:, 3:403:2] = images
-    for got, want in zip(
-        differentiated(loss, (wide[:, 3:403:2], captions.T.contiguous().T), LARGE),
-        expected,
-        strict=True,
-    ):
-        assert torch.equal(got, want)
+    views = wide[:, 3:403:2], captions.T.contiguous().T
+    assert_same(differentiated(loss, views, LARGE), expected)
 
 
 @pytest.mark.parametrize("case", [CASES[2], LARGE], ids=str)
@@ -235,23 +178,13 @@ def test_cuda_graph(loss, case):
         value.backward()
         return value
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = step()
-    fresh = [x.cuda() for x in embeddings(case, torch.bfloat16, seed=1)]
+    graph, value = captured(step)
+    fresh = on_gpu(case, seed=1)
     with torch.no_grad():
         for x, new in zip(static, fresh, strict=True):
             x.copy_(new)
     graph.replay()
-    expected = differentiated(loss, fresh, case)
-    for got, want in zip([value, static[0].grad, static[1].grad], expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same([value, *(x.grad for x in static)], differentiated(loss, fresh, case))
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -295,8 +228,7 @@ def test_two_streams(loss):
                 results.append(differentiated(loss, pair, case))
         torch.cuda.synchronize()
         for got, want in zip(results, expected, strict=True):
-            for a, b in zip(got, want, strict=True):
-                assert torch.equal(a, b)
+            assert_same(got, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
@@ -322,8 +254,7 @@ def test_out_of_memory_leaves_the_process_usable(loss):
             loss(huge, huge, backend="triton").backward()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    for got, want in zip(differentiated(loss, pair, case), expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same(differentiated(loss, pair, case), expected)
 
 
 def test_memory_is_bounded(loss):

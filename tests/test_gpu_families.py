@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of
-from conftest import assert_close
-from test_gpu import LOSSES, pytestmark, worst  # noqa: F401 - pytestmark skips without a GPU
+from cases import CASES, Case, embeddings
+from conftest import assert_close, assert_same, captured, ids_on
+from eager import relative
+from test_gpu import LOSSES, pytestmark  # noqa: F401 - pytestmark skips without a GPU
 
 from fused_vse import hardest_negatives, reference
 
@@ -16,13 +17,6 @@ kinds = pytest.mark.parametrize("kind", ["scores", "order"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def inputs_of(kind, case, dtype=torch.float32, seed=0):
     images, captions = (x.cuda() for x in embeddings(case, torch.float64, seed))
     if kind == "scores":
@@ -31,7 +25,7 @@ def inputs_of(kind, case, dtype=torch.float32, seed=0):
 
 
 def call(function, kind, inputs, case, backend="triton"):
-    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    ids = ids_on("cuda", case)
     options = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
     if kind == "scores":
         return function(scores=inputs[0], backend=backend, **options)
@@ -58,7 +52,7 @@ def test_no_less_accurate_than_eager(name, kind, case, dtype):
     ):
         # A few units in the last place of what is returned count as none.
         smallest = (64 if dtype == torch.float64 else 8) * torch.finfo(got.dtype).eps
-        assert worst(got, want) <= 1.5 * worst(eager, want) + smallest
+        assert relative(got, want) <= 1.5 * relative(eager, want) + smallest
 
 
 @kinds
@@ -79,8 +73,7 @@ def test_bitwise_repeatable(name, kind, dtype):
     first = differentiated(name, kind, inputs, LARGE)
     for _ in range(5):
         torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
-        for a, b in zip(first, differentiated(name, kind, inputs, LARGE), strict=True):
-            assert torch.equal(a, b)
+        assert_same(differentiated(name, kind, inputs, LARGE), first)
 
 
 @kinds
@@ -138,23 +131,14 @@ def test_cuda_graph(name, kind):
         value.backward()
         return value
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = step()
+    graph, value = captured(step)
     fresh = inputs_of(kind, LARGE, seed=1)
     with torch.no_grad():
         for x, new in zip(static, fresh, strict=True):
             x.copy_(new)
     graph.replay()
     expected = differentiated(name, kind, fresh, LARGE)
-    for got, want in zip([value, *(x.grad for x in static)], expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same([value, *(x.grad for x in static)], expected)
 
 
 def test_auto_takes_it(recwarn):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of, integer_embeddings
-from conftest import assert_close
+from cases import CASES, Case, embeddings, integer_embeddings
+from conftest import assert_close, assert_same, ids_on, on_gpu
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss, reference
@@ -33,21 +33,12 @@ ALIGNED = [case._replace(dim=-(-case.dim // 8) * 8) for case in CASES]
 ALL = [*ALIGNED, LARGE, LARGE_WITH_IDS, UNRELATED_IDS]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """As in conftest.py, but what PyTorch cannot do deterministically only warns."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def ops():
     return torch.ops.fused_vse_cuda
 
 
-def on_gpu(case, make=embeddings, dtype=torch.bfloat16):
-    ids = [None if x is None else x.cuda() for x in ids_of(case)]
-    return *(x.cuda() for x in make(case, dtype)), *ids
+def batch_of(case, make=embeddings, dtype=torch.bfloat16):
+    return *on_gpu(case, dtype, make=make), *ids_on("cuda", case)
 
 
 def in_float64(images, captions, *rest):
@@ -57,7 +48,7 @@ def in_float64(images, captions, *rest):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*ALL, SQUARE], ids=str)
 def test_hardest_is_exact(case, dtype):
-    batch = on_gpu(case, integer_embeddings, dtype)
+    batch = batch_of(case, integer_embeddings, dtype)
     assert ops().hopper_takes(*batch[:2])
     results = ops().hopper_hardest_negatives(*batch, case.pairs)
     expected = reference.hardest_negatives(*in_float64(*batch), case.pairs)
@@ -68,7 +59,7 @@ def test_hardest_is_exact(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_hinge_sum_is_exact(case, dtype):
-    batch = on_gpu(case, integer_embeddings, dtype)
+    batch = batch_of(case, integer_embeddings, dtype)
     positive, total, active = ops().hopper_hinge_sum(*batch, case.pairs, 0.25)
     expected = reference.hinge_sum(*in_float64(*batch), case.pairs, 0.25)
     assert torch.equal(positive.double(), expected[0]) and torch.equal(active, expected[2])
@@ -79,7 +70,7 @@ def test_hinge_sum_is_exact(case, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*ALL, SQUARE], ids=str)
 def test_logsumexp(case, dtype, scale):
-    batch = on_gpu(case, dtype=dtype)
+    batch = batch_of(case, dtype=dtype)
     scale_tensor = torch.full((), scale / 2, device="cuda")
     for arguments in ((scale, None), (2.0, scale_tensor)):
         _, result = ops().hopper_negative_logsumexp(*batch, case.pairs, *arguments)
@@ -92,7 +83,7 @@ def test_logsumexp(case, dtype, scale):
 def test_gradients_are_those_of_triton(case, loss):
     results = []
     for backend in ("cuda", "triton"):
-        *pair, image_ids, caption_ids = on_gpu(case)
+        *pair, image_ids, caption_ids = batch_of(case)
         pair = [x.requires_grad_() for x in pair]
         value = loss(
             *pair,
@@ -109,7 +100,7 @@ def test_gradients_are_those_of_triton(case, loss):
 
 @pytest.mark.parametrize("case", [SQUARE, UNRELATED_IDS], ids=str)
 def test_same_bits_every_time(case):
-    batch = on_gpu(case)
+    batch = batch_of(case)
     runs = [
         (
             *ops().hopper_hardest_negatives(*batch, case.pairs),
@@ -119,13 +110,13 @@ def test_same_bits_every_time(case):
         for _ in range(3)
     ]
     for again in runs[1:]:
-        assert all(map(torch.equal, runs[0], again))
+        assert_same(again, runs[0])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("row", [0, -1])
 def test_non_finite_input_surfaces(value, row):
-    batch = on_gpu(LARGE)
+    batch = batch_of(LARGE)
     batch[1][row, 3] = value
     positive, score, index = ops().hopper_hardest_negatives(*batch, LARGE.pairs)
     assert positive.isnan().all() and score.isnan().all() and (index == -1).all()
@@ -135,24 +126,22 @@ def test_non_finite_input_surfaces(value, row):
 
 def test_rows_of_a_wider_tensor():
     case = LARGE_WITH_IDS
-    images, captions, *ids = on_gpu(case, integer_embeddings)
+    images, captions, *ids = batch_of(case, integer_embeddings)
     wide = torch.full((case.rows, case.dim + 24), torch.nan, device="cuda", dtype=images.dtype)
     wide[:, 8 : 8 + case.dim] = images
     view = wide[:, 8 : 8 + case.dim]
     assert ops().hopper_takes(view, captions)
-    for actual, expected in zip(
+    assert_same(
         ops().hopper_hardest_negatives(view, captions, *ids, case.pairs),
         ops().hopper_hardest_negatives(images, captions, *ids, case.pairs),
-        strict=True,
-    ):
-        assert torch.equal(actual, expected)
+    )
 
 
 def test_what_the_kernels_do_not_take_goes_to_triton():
     for change in ({"dim": 19}, {"dtype": torch.float32}):
         dtype = change.pop("dtype", torch.bfloat16)
         case = LARGE._replace(**change)
-        batch = on_gpu(case, integer_embeddings, dtype)
+        batch = batch_of(case, integer_embeddings, dtype)
         assert not ops().hopper_takes(*batch[:2])
         with pytest.raises(RuntimeError, match="multiple of 8|bfloat16 or float16"):
             ops().hopper_hardest_negatives(*batch, case.pairs)
@@ -160,11 +149,11 @@ def test_what_the_kernels_do_not_take_goes_to_triton():
             hardest_negatives(*batch[:2], num_pairs=case.pairs, backend=backend)
             for backend in ("cuda", "triton")
         ]
-        assert all(map(torch.equal, *results))
+        assert_same(*results)
 
 
 def test_in_a_cuda_graph_and_on_another_stream():
-    images, captions, *_ = on_gpu(SQUARE)
+    images, captions, *_ = batch_of(SQUARE)
     expected = negative_logsumexp(images, captions, backend="cuda").logsumexp
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

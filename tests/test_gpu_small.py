@@ -1,11 +1,6 @@
 """The small-batch loss of the cuda backend on a GPU: what the emulation cannot show."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
+import conftest
 import eager
 import pytest
 import torch
@@ -14,11 +9,10 @@ from cases import (
     TRAINED,
     UPSTREAMS,
     Case,
-    embeddings,
-    ids_of,
     integer_embeddings,
     trained_embeddings,
 )
+from conftest import assert_same, captured, ids_on, on_gpu
 from eager import relative
 
 import fused_vse
@@ -53,26 +47,9 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """As in conftest.py, but what PyTorch cannot do deterministically (its own backward) only warns."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def on_gpu(case, dtype=torch.bfloat16, seed=0):
-    return [x.cuda() for x in embeddings(case, dtype, seed)]
-
-
 def differentiated(name, pair, case, backend="cuda", upstream=1.0, **more):
     loss, options = LOSSES[name]
-    pair = [x.detach().requires_grad_() for x in pair]
-    ids = [None if x is None else x.to(pair[0].device) for x in ids_of(case)]
-    keywords = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs}
-    value = loss(*pair, backend=backend, **keywords, **(options | more))
-    (value * upstream).backward()
-    return [value.detach(), *(x.grad for x in pair)]
+    return conftest.differentiated(loss, pair, case, backend, upstream, **(options | more))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,8 +103,7 @@ def test_gradients_are_rounded_once(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*SMALL, LARGEST._replace(dim=24)], ids=str)
 def test_integer_embeddings_are_exact(case, dtype):
-    pair = [x.cuda() for x in integer_embeddings(case, dtype)]
-    ids = [None if x is None else x.cuda() for x in ids_of(case)]
+    pair, ids = on_gpu(case, dtype, make=integer_embeddings), ids_on("cuda", case)
     options = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs, "margin": 1.0}
     for hardest in (False, True):
         results = []
@@ -149,8 +125,7 @@ def test_bitwise_repeatable(name, case, dtype):
     first = differentiated(name, pair, case)
     for _ in range(20):
         torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
-        for a, b in zip(first, differentiated(name, pair, case), strict=True):
-            assert torch.equal(a, b)
+        assert_same(differentiated(name, pair, case), first)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -169,13 +144,10 @@ def test_strided_and_misaligned_views(name):
     wide[:, 3::2] = images
     shifted = torch.empty(128 * 1024 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(128, 1024)
     shifted.copy_(captions)
-    for got, want in zip(
-        differentiated(name, (wide[:, 3::2], shifted), CLASSIC), expected, strict=True
-    ):
-        assert torch.equal(got, want)
+    assert_same(differentiated(name, (wide[:, 3::2], shifted), CLASSIC), expected)
 
 
-def captured(name, static, case):
+def step_of(name, static, case):
     loss, options = LOSSES[name]
 
     def step():
@@ -185,35 +157,27 @@ def captured(name, static, case):
         value.backward()
         return value
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = step()
-    return graph, value, step
+    return step
 
 
 @pytest.mark.parametrize("case", [CASES[2], CLASSIC], ids=str)
 def test_cuda_graph(name, case):
     static = [x.requires_grad_() for x in on_gpu(case)]
-    graph, value, _ = captured(name, static, case)
+    graph, value = captured(step_of(name, static, case))
     fresh = on_gpu(case, seed=1)
     with torch.no_grad():
         for x, new in zip(static, fresh, strict=True):
             x.copy_(new)
     graph.replay()
-    expected = differentiated(name, fresh, case)
-    for got, want in zip([value, static[0].grad, static[1].grad], expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same([value, *(x.grad for x in static)], differentiated(name, fresh, case))
 
 
 def test_a_step_has_two_kernels_of_ours(name):
     static = [x.requires_grad_() for x in on_gpu(CLASSIC)]
-    _, _, step = captured(name, static, CLASSIC)
+    step = step_of(name, static, CLASSIC)
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -240,8 +204,7 @@ def test_full_graph_compilation(name, mode):
         value = compiled(*leaves)
         value.backward()
         actual = [x.clone() for x in (value.detach(), *(x.grad for x in leaves))]
-    for got, want in zip(actual, expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same(actual, expected)
 
 
 def test_no_synchronisation(name):
@@ -270,8 +233,7 @@ def test_streams_at_the_same_time(name):
                 results.append(differentiated(name, pair, case))
         torch.cuda.synchronize()
         for got, want in zip(results, expected, strict=True):
-            for a, b in zip(got, want, strict=True):
-                assert torch.equal(a, b)
+            assert_same(got, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
@@ -291,31 +253,3 @@ def test_normalize(dtype):
     expected = differentiated("all_negatives", wide, CASES[7], "reference", normalize=True)
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) < 8 * torch.finfo(dtype).eps
-
-
-EVERY_KERNEL = """
-import torch
-from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    for n, d in ((70, 72), (130, 35)):  # more than a tile; aligned and not
-        x = torch.randn(n, d, device="cuda", dtype=dtype).requires_grad_()
-        y = torch.randn(n, d, device="cuda", dtype=dtype).requires_grad_()
-        for loss in (all_negatives_loss, hardest_negative_loss, hinge_loss):
-            loss(x, y, backend="cuda", normalize=True).backward()
-torch.cuda.synchronize()
-"""
-
-
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_compute_sanitizer_finds_nothing(tool):
-    filters = ["--kernel-name", "regex:.*(small_loss|scale_gradients|l2_normalize).*"]
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *filters]
-    environment = os.environ | {"PYTHONPATH": str(Path(fused_vse.__file__).parent.parent)}
-    done = subprocess.run(
-        [*command, sys.executable, "-c", EVERY_KERNEL],
-        env=environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
