@@ -1,12 +1,13 @@
 """Backends as a fixture, poisoned memory, what tests on a GPU share, and an assertion that shows the worst
 element."""
 
+import cuda_emulation
 import pytest
 import torch
 from cases import embeddings, ids_of
 
 import fused_vse
-from fused_vse.backends import cpu
+from fused_vse.backends import cpu, cuda
 
 
 def _backend_parameters():
@@ -43,6 +44,21 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def emulated_ops():
+    """The small-batch ops of the cuda backend for CPU tensors."""
+    ops = cuda_emulation.register()
+    yield
+    ops._destroy()
+
+
+@pytest.fixture
+def on_cpu(emulated_ops, monkeypatch):
+    """backend="cuda" takes CPU tensors."""
+    monkeypatch.setattr(cuda, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_unavailable", lambda: None)
 
 
 def on_gpu(case, dtype=torch.bfloat16, seed=0, make=embeddings):

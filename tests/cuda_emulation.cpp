@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/batch.h"
 #include "cuda/small_loss.h"
 
 namespace {
@@ -125,6 +126,17 @@ extern "C" void small_loss(const Arguments* a, int bits) {
     run<Half>(*a);
   else
     run<BFloat16>(*a);
+}
+
+extern "C" void batch_mistake(int64_t n, int64_t images_dim, int64_t m, int64_t captions_dim,
+                              int64_t num_pairs, int64_t image_ids, int64_t caption_ids, char* text,
+                              int room) {
+  std::strncpy(text, mistake({n, images_dim, m, captions_dim, num_pairs, image_ids, caption_ids}).c_str(),
+               room - 1);
+}
+
+extern "C" void small_obstacle(int64_t n, int64_t m, int64_t d, int64_t kind, char* text, int room) {
+  std::strncpy(text, obstacle(n, m, d, kind).c_str(), room - 1);
 }
 
 extern "C" int preferred_cluster_of(int n, int d, int element_size) {

@@ -1,14 +1,19 @@
-"""The small-batch loss of csrc/cuda on the CPU: builds cuda_emulation.cpp and calls it."""
+"""The small-batch loss of csrc/cuda on the CPU: builds cuda_emulation.cpp, calls it, gives torch its ops."""
 
 import ctypes
+import functools
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fused_vse.backends import cuda, fakes
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("all_negatives", "hardest", "hardest_smooth", "hinge_sum")
@@ -53,24 +58,27 @@ def why_not() -> str | None:
     return None if shutil.which(compiler.split()[0]) else f"no C++ compiler {compiler!r}"
 
 
-def build(directory: Path) -> ctypes.CDLL:
-    library = directory / "cuda_emulation.so"
-    command = [
-        *(os.environ.get("CXX") or "c++").split(),
-        "-shared", "-fPIC", "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas",
-        f"-I{ROOT / 'csrc'}",
-        "-isystem", str(Path(torch.__file__).parent / "include"),
-        str(Path(__file__).with_name("cuda_emulation.cpp")),
-        "-o", str(library),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(library))
+@functools.cache
+def library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "cuda_emulation.so")
+        command = [
+            *(os.environ.get("CXX") or "c++").split(),
+            "-shared", "-fPIC", "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror",
+            "-Wno-unknown-pragmas",
+            f"-I{ROOT / 'csrc'}",
+            "-isystem", str(Path(torch.__file__).parent / "include"),
+            str(Path(__file__).with_name("cuda_emulation.cpp")),
+            "-o", str(path),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        emulation = ctypes.CDLL(str(path))
+    emulation.index_arithmetic_error.restype = ctypes.c_char_p
+    return emulation
 
 
 def small_loss(
-    library: ctypes.CDLL,
     images: Tensor,
     captions: Tensor,
     ids: tuple[Tensor | None, Tensor | None],
@@ -91,7 +99,7 @@ def small_loss(
     n, d, m, k = *images.shape, captions.shape[0], num_pairs
     images, captions = images.contiguous(), captions.contiguous()
     if cluster is None:
-        cluster = library.preferred_cluster_of(max(n, m), d, images.element_size())
+        cluster = library().preferred_cluster_of(max(n, m), d, images.element_size())
     largest = max(weights) or 1.0
     result = Result(
         torch.empty(()),
@@ -110,5 +118,60 @@ def small_loss(
         *(*need, cluster, resident, aligned, backwards),
         *(x.data_ptr() for x in (result.d_images, result.d_captions, result.loss, *result[3:])),
     )
-    library.small_loss(ctypes.byref(arguments), BITS[images.dtype])
+    library().small_loss(ctypes.byref(arguments), BITS[images.dtype])
     return result
+
+
+def schema(name: str) -> str:
+    """As csrc/ops.h has it, its string literals put together."""
+    text = (ROOT / "csrc" / "ops.h").read_text()
+    literals = re.search(rf"#define {name}_SCHEMA((?:[^\n]*\\\n)*[^\n]*)", text)[1]
+    return "".join(re.findall(r'"([^"]*)"', literals))
+
+
+def register() -> torch.library.Library:
+    """The ops of fused_vse_cuda for CPU tensors; they last as long as what is returned."""
+    namespace = torch.library.Library(cuda.NAMESPACE, "FRAGMENT")
+    if not hasattr(torch.ops.fused_vse_cuda, "small_loss"):  # the library was not built
+        for name in ("SMALL_LOSS", "SCALE_GRADIENTS", "L2_NORMALIZE", "L2_NORMALIZE_BACKWARD"):
+            namespace.define(schema(name))
+        fakes.register_normalize_fakes(cuda.NAMESPACE)
+        fakes.register_small_loss_fakes(cuda.NAMESPACE)
+    for name, op in _OPS.items():
+        namespace.impl(name, op, "CPU")
+    return namespace
+
+
+def _small_loss(
+    images, captions, image_ids, caption_ids, num_pairs, kind, scale, scale_tensor, margin,
+    image_weight, caption_weight, mean, need_images, need_captions,
+):  # fmt: skip
+    loss, d_images, d_captions, *rest = small_loss(
+        images, captions, (image_ids, caption_ids), num_pairs, KINDS[kind], scale, margin,
+        (image_weight, caption_weight), mean, scale_tensor, (need_images, need_captions),
+    )  # fmt: skip
+    d_images = d_images if need_images else d_images.new_empty(0)
+    d_captions = d_captions if need_captions else d_captions.new_empty(0)
+    return loss, d_images, d_captions, *rest
+
+
+def _scale_gradients(upstream, d_images, d_captions, d_scale, like):
+    scaled = [(upstream * x).to(like.dtype) for x in (d_images, d_captions)]
+    return *scaled, upstream * d_scale
+
+
+def _l2_normalize(rows):
+    norm = rows.float().norm(dim=1).clamp(min=1e-12)
+    return (rows.float() / norm[:, None]).to(rows.dtype), 1 / norm
+
+
+def _l2_normalize_backward(d, normalized, inverse_norm):
+    return (d - (d * normalized).sum(1, keepdim=True) * normalized) * inverse_norm[:, None]
+
+
+_OPS = {
+    "small_loss": _small_loss,
+    "scale_gradients": _scale_gradients,
+    "l2_normalize": _l2_normalize,
+    "l2_normalize_backward": _l2_normalize_backward,
+}

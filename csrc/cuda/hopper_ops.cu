@@ -106,17 +106,10 @@ class Pass {
         images_(images),
         captions_(captions),
         launch_(images) {
+    check_batch(images, captions, image_ids, caption_ids, num_pairs);
     const std::string why = obstacle(images, captions);
     STD_TORCH_CHECK(why.empty(), "fused_vse's Hopper kernels do not take these embeddings: ", why);
-    STD_TORCH_CHECK(images.scalar_type() == captions.scalar_type() && captions.size(1) == d &&
-                        images.get_device_index() == captions.get_device_index(),
-                    "images and captions must agree in dtype, D and device");
-    STD_TORCH_CHECK(0 < k && k <= n && k <= m, "num_pairs must be in 1 .. min(N, M), got ", k);
-    STD_TORCH_CHECK(image_ids.has_value() == caption_ids.has_value(), "give both ids or none");
     if (image_ids) {
-      STD_TORCH_CHECK(image_ids->scalar_type() == ScalarType::Long && image_ids->numel() == n &&
-                          caption_ids->scalar_type() == ScalarType::Long && caption_ids->numel() == m,
-                      "image_ids [N] and caption_ids [M] must be int64");
       image_ids_ = with_room(*image_ids, CLUSTER * TILE_ROWS);
       caption_ids_ = with_room(*caption_ids, TILE_COLS);
     }
@@ -243,6 +236,7 @@ std::tuple<Tensor, Tensor> hopper_negative_logsumexp(const Tensor& images, const
                                                      const OptionalTensor& caption_ids, int64_t num_pairs,
                                                      double scale, const OptionalTensor& scale_tensor) {
   Pass pass(images, captions, image_ids, caption_ids, num_pairs);
+  check_scale(scale_tensor, images);
   OptionalTensor exact_scale;
   if (scale_tensor) exact_scale = torch::stable::to(*scale_tensor, ScalarType::Double);
   const double* scale_pointer = data_or_null<double>(exact_scale);

@@ -11,7 +11,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <string>
+
+#include "batch.h"
 
 namespace fused_vse {
 
@@ -37,6 +41,29 @@ class Launch {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };
+
+inline bool is_beside(const Tensor& x, const Tensor& like) {
+  return x.is_cuda() && x.get_device_index() == like.get_device_index();
+}
+
+inline void check_batch(const Tensor& images, const Tensor& captions, const OptionalTensor& image_ids,
+                        const OptionalTensor& caption_ids, int64_t num_pairs) {
+  STD_TORCH_CHECK(images.dim() == 2 && captions.dim() == 2, "embeddings must be [N, D] and [M, D]");
+  STD_TORCH_CHECK(images.scalar_type() == captions.scalar_type() && is_beside(captions, images),
+                  "images and captions must agree in dtype and device");
+  for (const OptionalTensor* ids : {&image_ids, &caption_ids})
+    STD_TORCH_CHECK(!*ids || ((*ids)->scalar_type() == ScalarType::Long && is_beside(**ids, images)),
+                    "ids must be int64, on the device of the embeddings");
+  const auto count = [](const OptionalTensor& ids) { return ids ? ids->numel() : -1; };
+  const std::string why = mistake({images.size(0), images.size(1), captions.size(0), captions.size(1),
+                                   num_pairs, count(image_ids), count(caption_ids)});
+  STD_TORCH_CHECK(why.empty(), why);
+}
+
+inline void check_scale(const OptionalTensor& scale, const Tensor& like) {
+  STD_TORCH_CHECK(!scale || (scale->numel() == 1 && is_beside(*scale, like)),
+                  "scale_tensor must hold one number, on the device of the embeddings");
+}
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);

@@ -36,11 +36,18 @@ __global__ void __launch_bounds__(THREADS)
 std::tuple<Tensor, Tensor, Tensor> scale_gradients(const Tensor& upstream, const Tensor& d_images,
                                                    const Tensor& d_captions, const Tensor& d_scale,
                                                    const Tensor& like) {
-  for (const Tensor& x : {upstream, d_images, d_captions, d_scale})
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "scale_gradients takes float32 gradients");
+  for (const Tensor* x : {&upstream, &d_images, &d_captions, &d_scale})
+    STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && is_beside(*x, like),
+                    "scale_gradients takes float32 gradients, on one device");
+  STD_TORCH_CHECK(upstream.numel() == 1 && d_scale.numel() == 1, "upstream and d_scale are one number each");
   return dispatch_embeddings(like, [&](auto zero) {
     using T = decltype(zero);
     const Launch launch(d_images);
+    // small_loss made them contiguous, but a compiler may have come between.
+    const auto contiguous = [](const Tensor& x) {
+      return x.is_contiguous() ? x : torch::stable::contiguous(x);
+    };
+    const Tensor unit_images = contiguous(d_images), unit_captions = contiguous(d_captions);
     const auto result = [&](const Tensor& x) {
       return torch::stable::new_empty(x, x.sizes(), like.scalar_type());
     };
@@ -49,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> scale_gradients(const Tensor& upstream, const
     const int64_t most = std::max({d_images.numel(), d_captions.numel(), int64_t{1}});
     const int64_t blocks = std::min((most + THREADS - 1) / THREADS, MAX_BLOCKS);
     scale_gradients_kernel<T><<<unsigned(blocks), THREADS, 0, launch.stream()>>>(
-        data<float>(upstream), {data<float>(d_images), data<T>(images), images.numel()},
-        {data<float>(d_captions), data<T>(captions), captions.numel()},
+        data<float>(upstream), {data<float>(unit_images), data<T>(images), images.numel()},
+        {data<float>(unit_captions), data<T>(captions), captions.numel()},
         {data<float>(d_scale), data<float>(scale), 1});
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return std::make_tuple(images, captions, scale);

@@ -14,7 +14,8 @@
 //   HINGE_SUM only, whose thresholds are the diagonal of S: the statistics here, then -- grid barrier --
 //   each block merges the statistics of all anchors; the last one writes the loss
 //   for each 64 x 64 tile of d_images and d_captions, a block each:
-//     for each chunk of 64 (float32: 32) rows of the other side:
+//     float16 only: the largest entry of each of the tile's rows of G, for a gain that keeps it from
+//     underflow for each chunk of 64 (float32: 32) rows of the other side:
 //       G from S into shared memory, rounded to the embeddings' type; multiply by the rows
 //     subtract the positives' part in float32, write float32: scale_gradients.cu rounds
 //
@@ -39,6 +40,7 @@ namespace cg = cooperative_groups;
 using namespace small;
 
 static_assert(sizeof(Shared) <= 99 << 10, "more shared memory than a block may have on sm_86 and sm_89");
+static_assert(2 * (sizeof(Shared) + 1024) <= 227 << 10, "two blocks must fit a multiprocessor of Hopper");
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS, 2) small_loss_kernel(const __grid_constant__ Problem<T> x) {
@@ -97,8 +99,8 @@ const Resident& resident_blocks(const Launch& launch) {
   static std::mutex mutex;
   static std::map<int, Resident> devices;
   const std::lock_guard lock(mutex);
-  const auto [found, is_new] = devices.try_emplace(launch.device());
-  if (!is_new) return found->second;
+  if (const auto found = devices.find(launch.device()); found != devices.end()) return found->second;
+  Resident resident{};
   const auto kernel = small_loss_kernel<T>;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))));
@@ -106,16 +108,16 @@ const Resident& resident_blocks(const Launch& launch) {
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device()));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device()));
   STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, sizeof(Shared)));
-  found->second[1] = blocks * multiprocessors;
+  resident[1] = blocks * multiprocessors;
   // Newer GPUs run the code for sm_80, which knows no clusters.
   for (int cluster = 2; major == 9 && cluster <= MAX_CLUSTER; cluster *= 2) {
     cudaLaunchAttribute attributes[2];
     const cudaLaunchConfig_t config = launch_config(launch, cluster, cluster, attributes);
     int clusters = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-    found->second[cluster] = clusters * cluster;
+    resident[cluster] = clusters * cluster;
   }
-  return found->second;
+  return devices[launch.device()] = resident;  // only now: nothing of a call that failed stays
 }
 
 const int64_t* ids_of(const std::optional<Tensor>& ids) { return ids ? data<int64_t>(*ids) : nullptr; }
@@ -129,10 +131,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
     const OptionalTensor& caption_ids, int64_t num_pairs, int64_t kind, double scale,
     const OptionalTensor& scale_tensor, double margin, double image_weight, double caption_weight, bool mean,
     bool need_images, bool need_captions) {
+  check_batch(images, captions, image_ids, caption_ids, num_pairs);
+  check_scale(scale_tensor, images);
+  STD_TORCH_CHECK(!scale_tensor || scale_tensor->scalar_type() == ScalarType::Float,
+                  "scale_tensor must be float32");
   const int64_t n = images.size(0), m = captions.size(0), d = images.size(1);
-  STD_TORCH_CHECK(n <= MAX_ROWS && m <= MAX_ROWS && d <= MAX_DIM, "small_loss takes at most ", MAX_ROWS,
-                  " images and captions of at most ", MAX_DIM, " dimensions, got ", n, ", ", m, " and ", d);
-  STD_TORCH_CHECK(ALL_NEGATIVES <= kind && kind <= HINGE_SUM, "unknown kind of loss: ", kind);
+  const std::string why = obstacle(n, m, d, kind);
+  STD_TORCH_CHECK(why.empty(), why);
   return dispatch_embeddings(images, [&](auto zero) {
     using T = decltype(zero);
     const Launch launch(images);

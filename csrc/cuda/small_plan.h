@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 #include "simt.h"
 
@@ -20,6 +21,16 @@ constexpr int MAX_STRIPS = 16;    // of rows; every block merges as many partial
 constexpr int PER_THREAD = TILE * TILE / THREADS;
 
 enum Loss : int { ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM };
+
+// Why the kernel does not take a batch, or "".
+inline std::string obstacle(int64_t n, int64_t m, int64_t d, int64_t kind) {
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  if (n > MAX_ROWS || m > MAX_ROWS || d > MAX_DIM)
+    return "small_loss takes at most " + text(MAX_ROWS) + " images and captions of at most " + text(MAX_DIM) +
+           " dimensions, got " + text(n) + ", " + text(m) + " and " + text(d);
+  if (kind < ALL_NEGATIVES || kind > HINGE_SUM) return "unknown kind of loss: " + text(kind);
+  return "";
+}
 
 HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
