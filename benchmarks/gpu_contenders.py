@@ -169,7 +169,11 @@ def fused_backend() -> str:
 def takes_cuda(case: Case) -> bool:
     """One launch for a small batch; 16 bits for a large one, whose kernels are for Hopper."""
     has_kernels = case.size <= SMALL_ROWS or case.dtype == "bfloat16"
-    return has_kernels and fused_vse.backends()["cuda"].startswith("available")
+    return (
+        has_kernels
+        and family_of(case) == "dot"
+        and fused_vse.backends()["cuda"].startswith("available")
+    )
 
 
 def bare_gemm(images, captions):

@@ -36,6 +36,19 @@ def test_the_contenders_compute_the_same(case):
     assert torch.allclose(fused, gpu.contenders.eager_loss(case)(*inputs), rtol=1e-6)
 
 
+@pytest.mark.parametrize("case", gpu.contenders.CASES, ids=str)
+def test_the_cuda_backend_contends_where_it_has_kernels(case, monkeypatch):
+    monkeypatch.setattr(gpu.contenders.fused_vse, "backends", lambda: {"cuda": "available"})
+    contenders = {x.name: x.function for x in gpu.contenders.contenders_of(case)}
+    takes = "," not in case.loss and (case.size <= 512 or case.dtype == "bfloat16")
+    assert ("fused (cuda)" in contenders) == takes
+    assert ("fused (cuda), graph" in contenders) == (takes and case.size <= 512)
+    if takes:
+        pair = [torch.ones(2, 2), torch.ones(2, 2)]
+        with pytest.raises((RuntimeError, ValueError), match="cuda"):  # asks for it by name
+            contenders["fused (cuda)"](*pair)
+
+
 def test_no_report_from_a_failing_test_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "tests_pass", lambda: False)
