@@ -11,6 +11,8 @@ takes the size and is there. The order similarity and the losses on given scores
 eager PyTorch and torch.compile. Times are medians over inputs that rotate through more memory
 than the L2 cache holds. The most telling sizes come first; what no longer fits into the time or the
 memory is listed as skipped.
+
+compute-sanitizer takes longer than all of that: `python -m pytest tests/test_cuda_sanitizer.py`.
 """
 
 import argparse
