@@ -95,6 +95,10 @@ def test_pass_uses_what_the_design_counts_on(which, kernels):
     assert all(element in product for product in products)
     assert "HMMA.16816" not in sass
     assert "UTMALDG.2D " in sass and "UTMALDG.2D.MULTICAST" in sass
+    # The swap-shuffle: for 4 rows, and 6 times for 8 columns, of each word of an item; and one at the start.
+    # Both kinds of log-sum-exp are in one kernel.
+    words = 3 if "Logsumexp" in which else 2
+    assert len(re.findall(r"\bSHFL\b", sass)) == words * ((2 + 1) + 6 * (4 + 2 + 1)) + 1
     # A step's products are waited for when the next one's are queued, and all only at the end.
     assert "WARPGROUP.DEPBAR.LE gsb0, 0x1" in sass
     assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass)) == 1

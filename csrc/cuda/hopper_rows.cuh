@@ -1,5 +1,16 @@
-// What comes before and after the pass over S: a survey of the embeddings' rows, ranges of the tiles' ids,
-// and the kernels that turn keys and partial results into statistics.
+// What comes before and after the pass over S:
+//
+//   survey      positive_k = <I_k, T_k>, and the maxima of |I|, |T|, |I_i|^2 and |T_j|^2
+//   id_ranges   the smallest and the largest id of each tile's rows, and of its columns
+//   finish      (score, index) of each anchor's key
+//   merge       logsumexp, or (sum, active), of each anchor's partial results
+//
+//   survey:     a warp for a row number, for I and T:  8 elements a lane at a time; sums across the lanes
+//   id_ranges:  a warp for a tile's rows, or columns:  an id a lane at a time
+//   finish:     a thread for an anchor
+//   merge:      a thread for an anchor:                for its tiles in ascending order: add
+//
+// Resources: at most 54 registers and 16 bytes of shared memory; bound by the memory's bandwidth.
 #pragma once
 
 #include <cuda_bf16.h>
