@@ -45,6 +45,7 @@ def text_of(function, *numbers: int) -> str:
         ({"num_image_ids": 7, "num_caption_ids": 9}, ""),
         ({"n": 0}, "there must be images and captions"),
         ({"m": 0}, "there must be images and captions"),
+        ({"images_dim": 0}, "there must be images and captions"),
         ({"captions_dim": 5}, "must share D, got 4 and 5"),
         ({"num_pairs": 0}, "num_pairs must be in 1 .. min(N, M), got 0"),
         ({"num_pairs": 8}, "num_pairs must be in 1 .. min(N, M), got 8"),

@@ -15,7 +15,7 @@ struct BatchShape {
 // What is wrong, or "".
 inline std::string mistake(const BatchShape& x) {
   const auto text = [](int64_t number) { return std::to_string(number); };
-  if (x.n < 1 || x.m < 1) return "there must be images and captions";
+  if (x.n < 1 || x.m < 1 || x.images_dim < 1) return "there must be images and captions";
   if (x.images_dim != x.captions_dim)
     return "images and captions must share D, got " + text(x.images_dim) + " and " + text(x.captions_dim);
   if (x.num_pairs < 1 || x.num_pairs > x.n || x.num_pairs > x.m)

@@ -21,7 +21,7 @@
 //
 // Everything is summed in an order that the shapes alone decide: the result has the same bits every time.
 //
-// Resources: 256 threads; 87 KiB of shared memory, 64 KiB of it stages; at most 128 registers, so that two
+// Resources: 256 threads; 88 KiB of shared memory, 64 KiB of it stages; at most 128 registers, so that two
 // blocks fit a multiprocessor of Hopper, one of Ampere; no stack. The launch is cooperative: all of its
 // blocks run at the same time.
 #include <array>
@@ -112,7 +112,9 @@ const Resident& resident_blocks(const Launch& launch) {
   // Newer GPUs run the code for sm_80, which knows no clusters.
   for (int cluster = 2; major == 9 && cluster <= MAX_CLUSTER; cluster *= 2) {
     cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = launch_config(launch, cluster, cluster, attributes);
+    cudaLaunchConfig_t config = launch_config(launch, cluster, cluster, attributes);
+    config.attrs = attributes + 1;  // the query is about clusters, whatever the launch
+    config.numAttrs = 1;
     int clusters = 0;
     STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     resident[cluster] = clusters * cluster;
