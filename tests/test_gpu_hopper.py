@@ -137,6 +137,31 @@ def test_rows_of_a_wider_tensor():
     )
 
 
+def test_more_than_two_to_the_31_scores():
+    case = Case("", 50_000, 50_000, 50_000, 16)
+    images, captions = on_gpu(case)
+    captions[-1], images[-1] = 3 * images[0], 3 * captions[0]
+    _, score, index = ops().hopper_hardest_negatives(images, captions, None, None, case.pairs)
+    assert index[0, 0] == 49_999 and index[1, 0] == 49_999
+    last = images[-1000:].double() @ captions.double().T
+    last[torch.arange(1000), torch.arange(49_000, 50_000)] = -torch.inf
+    assert_close(score[0, -1000:], last.amax(1), 1e-6)
+    _, result = ops().hopper_negative_logsumexp(
+        images, captions, None, None, case.pairs, 10.0, None
+    )
+    assert_close(result[0, -1000:], (10 * last).logsumexp(1), 2e-6)
+
+
+def test_more_than_two_to_the_31_elements():
+    rows, columns, dim = (1 << 21) + 3, 100, 1032
+    images = torch.zeros(rows, dim, dtype=torch.bfloat16, device="cuda")
+    captions = torch.randn(columns, dim, device="cuda").bfloat16()
+    images[-1] = captions[7]
+    _, score, index = ops().hopper_hardest_negatives(images, captions, None, None, columns)
+    assert index[1, 7] == rows - 1
+    assert_close(score[1, 7:8], captions[7:8].double().square().sum(1), 1e-6)
+
+
 def test_what_the_kernels_do_not_take_goes_to_triton():
     for change in ({"dim": 19}, {"dtype": torch.float32}):
         dtype = change.pop("dtype", torch.bfloat16)

@@ -253,3 +253,31 @@ def test_normalize(dtype):
     expected = differentiated("all_negatives", wide, CASES[7], "reference", normalize=True)
     for got, want in zip(actual, expected, strict=True):
         assert relative(got, want) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captions": torch.ones(6, 8)}, "agree in dtype"),
+        ({"captions": torch.ones(6, 9).half()}, "share D"),
+        ({"image_ids": torch.arange(5)}, "both ids or none"),
+        ({"image_ids": torch.arange(5), "caption_ids": torch.arange(5)}, "an id for each"),
+        ({"image_ids": torch.arange(5).int(), "caption_ids": torch.arange(6)}, "int64"),
+        ({"num_pairs": 6}, "num_pairs must be in"),
+        ({"kind": 4}, "unknown kind of loss"),
+        ({"scale_tensor": torch.ones((), dtype=torch.float64)}, "must be float32"),
+        ({"scale_tensor": torch.ones(2)}, "one number"),
+    ],
+)
+def test_the_op_itself_names_mistakes(change, message):
+    arguments = dict(
+        images=torch.ones(5, 8).half(), captions=torch.ones(6, 8).half(), image_ids=None,
+        caption_ids=None, num_pairs=5, kind=0, scale=1.0, scale_tensor=None, margin=0.0,
+        image_weight=1.0, caption_weight=1.0, mean=True, need_images=True, need_captions=True,
+    )  # fmt: skip
+    arguments = {
+        name: x.cuda() if isinstance(x, torch.Tensor) else x
+        for name, x in (arguments | change).items()
+    }
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fused_vse_cuda.small_loss(**arguments)
