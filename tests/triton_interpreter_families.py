@@ -149,6 +149,19 @@ def test_non_finite_scores_surface(value, place, loss, monkeypatch):
     assert result.isnan().all() and gradient.isnan().all()
 
 
+@pytest.mark.parametrize("family", ["", "_order", "_scores"])
+def test_nothing_is_active_in_poisoned_input(family, monkeypatch):
+    """Counts have no NaN: 0, as in the other backends, in what an earlier rectangle has finished, too."""
+    monkeypatch.setattr(configs, "INTERPRETER", replace(configs.INTERPRETER, block_m=16))
+    monkeypatch.setattr(walk, "_workspace_bytes", 1)
+    inputs = inputs_of("scores" if family == "_scores" else "dot", EXTRAS, torch.float32)
+    inputs[0][44, 2] = torch.nan
+    save = (False,) * (family != "_scores")
+    op = getattr(torch.ops, ops.NAMESPACE + family).hinge_sum
+    positive, total, active = op(*inputs, None, None, EXTRAS.pairs, 9.0, *save)[:3]
+    assert positive.isnan().all() and total.isnan().all() and not active.any()
+
+
 @pytest.mark.parametrize(("value", "side"), [(torch.nan, 0), (torch.inf, 1), (1e30, 1)])
 def test_non_finite_and_overflowing_embeddings_surface(value, side, loss):
     inputs = inputs_of("order", EXTRAS, torch.float32)

@@ -129,12 +129,13 @@ def hinge_merge_kernel(
     offs_k = origin + offs_a
     offs = is_column.to(tl.int64) * num_pairs + offs_k
     tl.store(sum_ptr + offs, tl.where(poisoned, float("nan"), total), mask=mask)
-    tl.store(active_ptr + offs, active.to(tl.int64), mask=mask)
+    tl.store(active_ptr + offs, tl.where(poisoned, 0, active).to(tl.int64), mask=mask)
     if poisoned:
         nan = tl.full((BLOCK_A,), float("nan"), ACC)
         tl.store(positive_ptr + offs_k, nan, mask=mask)
         # Rows of an earlier rectangle, in which given scores had nothing wrong yet.
         tl.store(sum_ptr + offs_k, nan, mask=mask)
+        tl.store(active_ptr + offs_k, tl.zeros((BLOCK_A,), tl.int64), mask=mask)
 
 
 # The gradient with respect to a rectangle of S, rounded to the dtype of the matrix products that follow:
