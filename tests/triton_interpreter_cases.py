@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+from cases import (
+    CASES,
+    UPSTREAMS,
+    Case,
+    embeddings,
+    ids_of,
+    integer_embeddings,
+    trained_embeddings,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -170,6 +178,28 @@ def test_float16_gradients_of_any_size(scale, loss):
     for got, want in zip(*grads, strict=True):
         # What float16 itself cannot hold counts as 0.
         assert (got - want).abs().max() <= 2**-9 * want.abs().max() + 2**-24
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("hard", [0, 1])
+def test_float16_gradients_of_trained_pairs(hard, upstream):
+    """Softmax weights far below 2^-24, with and without a pair whose weights are 1."""
+    pair = trained_embeddings(torch.float16)
+    pair[1][:hard] = pair[1][7:8]
+
+    def gradients(name, dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in pair]
+        loss = all_negatives_loss(*leaves, temperature=0.03, backend=name)
+        (loss.to(torch.float64) * upstream).backward()
+        return [x.grad.double() for x in leaves]
+
+    runs = [("triton", torch.float16), ("reference", torch.float16), ("reference", torch.float64)]
+    for got, plain, want in zip(*(gradients(*run) for run in runs), strict=True):
+        # G holds what is 2^-39 of its largest entry.
+        lost = 2**-37 * want.abs().max()
+        for rows in (slice(None), slice(8, None)):  # also those alone that the hard pair dwarfs
+            allowed = 1.5 * (plain - want)[rows].norm() + 2**-11 * want[rows].norm()
+            assert (got - want)[rows].norm() <= allowed + lost * want[rows].numel() ** 0.5
 
 
 @pytest.mark.parametrize(
