@@ -50,7 +50,7 @@ def shorten(value: object) -> str:
     try:
         text = " ".join(reprlib.repr(value).split())
     except ValueError:  # Python writes no int of more than 4300 digits
-        return f"an int of {value.bit_length()} bits"
+        return "an int too long to print"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -4,11 +4,14 @@ The rank of an image is that of its best caption, as in the protocol of VSE++ (a
 """
 
 import itertools
+import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from .arguments import check_flag, check_ids, check_matrix, shorten
 
 # A tile of S is 2048 x 4096 float64 scores, 64 MiB: large enough for the GEMM's full speed.
 IMAGE_BLOCK = 2048
@@ -16,7 +19,7 @@ CAPTION_BLOCK = 4096
 # Longer norms could overflow float64 in a product of two rows.
 LARGEST_NORM = 1e150
 PROGRESS_DELAY = 2.0  # seconds
-INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGEST_K = torch.iinfo(torch.int64).max
 
 
 class Ranking(NamedTuple):
@@ -81,6 +84,7 @@ def evaluate_retrieval(
     """
     _check_embeddings(images, captions)
     ks = _check_ks(ks)
+    progress = check_flag("progress", progress)
     owner = _owners(images, captions, image_ids, caption_ids)
     image_norms, caption_norms = _norms("images", images), _norms("captions", captions)
 
@@ -145,16 +149,8 @@ def _ranking(ranks: Tensor, ks: tuple[int, ...]) -> Ranking:
 
 
 def _check_embeddings(images: object, captions: object) -> None:
-    for name, value in (("images", images), ("captions", captions)):
-        expected = f"{name} must be a floating-point tensor of shape [rows, D]"
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{expected}, got {type(value).__name__}; wrap it in torch.tensor()")
-        if not value.is_floating_point():
-            raise TypeError(f"{expected}, got {value.dtype}; convert it with .float()")
-        if value.dim() != 2:
-            raise ValueError(f"{expected}, got shape {list(value.shape)}")
-        if value.numel() == 0:
-            raise ValueError(f"{name} is empty: shape {list(value.shape)}; pass at least one row")
+    check_matrix("images", images)
+    check_matrix("captions", captions)
     if images.shape[1] != captions.shape[1]:
         raise ValueError(
             f"images and captions must share D, got {list(images.shape)} and {list(captions.shape)}"
@@ -163,15 +159,21 @@ def _check_embeddings(images: object, captions: object) -> None:
         raise ValueError(
             f"images are on {images.device} but captions are on {captions.device}; move one of them"
         )
+    if images.is_meta:
+        raise ValueError("images and captions are on meta, where tensors hold no data")
 
 
 def _check_ks(ks: object) -> tuple[int, ...]:
-    expected = f"ks must be positive, increasing ints such as (1, 5, 10), got {ks!r}"
-    if not isinstance(ks, (tuple, list)) or not all(type(k) is int for k in ks):
+    expected = f"ks must be positive, increasing ints such as (1, 5, 10), got {shorten(ks)}"
+    if not isinstance(ks, (tuple, list)):
+        raise TypeError(expected)
+    if any(isinstance(k, bool) or not isinstance(k, numbers.Integral) for k in ks):
         raise TypeError(expected)
     if not ks or ks[0] < 1 or any(a >= b for a, b in itertools.pairwise(ks)):
         raise ValueError(expected)
-    return tuple(ks)
+    if ks[-1] > LARGEST_K:
+        raise ValueError(f"{expected}; the largest possible rank is {LARGEST_K}")
+    return tuple(int(k) for k in ks)
 
 
 def _norms(name: str, embeddings: Tensor) -> Tensor:
@@ -205,8 +207,8 @@ def _owners(images: Tensor, captions: Tensor, image_ids: object, caption_ids: ob
     if image_ids is None or caption_ids is None:
         missing = "image_ids" if image_ids is None else "caption_ids"
         raise ValueError(f"{missing} is missing: pass ids for both sides or for neither")
-    image_ids = _check_ids("image_ids", image_ids, images)
-    caption_ids = _check_ids("caption_ids", caption_ids, captions)
+    image_ids = _check_ids("image_ids", image_ids, "images", images)
+    caption_ids = _check_ids("caption_ids", caption_ids, "captions", captions)
 
     ordered, order = image_ids.sort()
     repeated = (ordered[1:] == ordered[:-1]).nonzero()
@@ -234,12 +236,7 @@ def _owners(images: Tensor, captions: Tensor, image_ids: object, caption_ids: ob
     return owner
 
 
-def _check_ids(name: str, ids: object, rows: Tensor) -> Tensor:
-    expected = f"{name} must be a tensor of {len(rows)} integers, one for each row"
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{expected}, got {type(ids).__name__}; wrap it in torch.tensor()")
-    if ids.dtype not in INTEGER:
-        raise TypeError(f"{expected}, got {ids.dtype}; convert it with .long()")
-    if ids.shape != (len(rows),):
-        raise ValueError(f"{expected}, got shape {list(ids.shape)}")
-    return ids.to(rows.device).long()
+def _check_ids(name: str, ids: object, rows_name: str, rows: Tensor) -> Tensor:
+    if isinstance(ids, Tensor) and not ids.is_meta:
+        ids = ids.to(rows.device)
+    return check_ids(name, ids, rows_name, rows)

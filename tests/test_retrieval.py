@@ -2,7 +2,9 @@
 
 import re
 import statistics
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -113,19 +115,26 @@ def ids(*values):
     return torch.tensor(values)
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # "prototype stage", once
+    NESTED = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
 GOOD = {"images": torch.ones(2, 3), "captions": torch.ones(4, 3)}
 BAD = [
-    ({"images": [[1.0]]}, TypeError, "images must be a floating-point tensor .* got list; wrap"),
-    ({"captions": torch.ones(4, 3).long()}, TypeError, "captions .* got torch.int64; convert it"),
-    ({"images": torch.ones(3)}, ValueError, r"images .* got shape \[3\]"),
+    ({"images": [[1.0]]}, TypeError, r"images must be a floating-point tensor .* \(list\); wrap"),
+    ({"captions": torch.ones(4, 3).long()}, TypeError, "captions .* int64 tensor .*; convert it"),
+    ({"images": torch.ones(3)}, ValueError, r"images .* of shape \[3\]"),
     ({"images": torch.ones(0, 3)}, ValueError, "images is empty"),
     ({"captions": torch.ones(4, 2)}, ValueError, r"share D, got \[2, 3\] and \[4, 2\]"),
     ({"captions": torch.ones(4, 3, device="meta")}, ValueError, "images are on cpu but captions"),
     ({"captions": torch.ones(5, 3)}, ValueError, r"must be given when .* \(5\) is not a multiple"),
     ({"image_ids": ids(0, 1)}, ValueError, "caption_ids is missing"),
     ({"caption_ids": ids(0, 0, 1, 1)}, ValueError, "image_ids is missing"),
-    ({"image_ids": [0, 1], "caption_ids": ids(0, 0, 1, 1)}, TypeError, "image_ids .* got list"),
-    ({"image_ids": ids(0.0, 1), "caption_ids": ids(0, 0, 1, 1)}, TypeError, "got torch.float32"),
+    (
+        {"image_ids": [0, 1], "caption_ids": ids(0, 0, 1, 1)},
+        TypeError,
+        r"image_ids .* \(list\); wrap",
+    ),
+    ({"image_ids": ids(0.0, 1), "caption_ids": ids(0, 0, 1, 1)}, TypeError, "got a float32"),
     ({"image_ids": ids(0, 1), "caption_ids": ids(0, 1)}, ValueError, r"caption_ids .* shape \[2\]"),
     (
         {"image_ids": ids(7, 7), "caption_ids": ids(7, 7, 7, 7)},
@@ -138,6 +147,26 @@ BAD = [
         r"caption_ids\[3\] is 2",
     ),
     ({"image_ids": ids(0, 5), "caption_ids": ids(0, 0, 0, 0)}, ValueError, r"image_ids\[1\] is 5"),
+    ({"images": NESTED}, TypeError, "images .* got a nested tensor"),
+    ({"images": torch.eye(3).to_sparse()}, TypeError, r"images .*sparse.*to_dense"),
+    ({"images": torch.eye(3).numpy()}, TypeError, "images .*numpy array of shape"),
+    ({name: torch.ones(2, 3).to("meta") for name in GOOD}, ValueError, "images and .* no data"),
+    (
+        {"image_ids": ids(0, 1).to_sparse(), "caption_ids": ids(0, 0, 1, 1)},
+        TypeError,
+        "image_ids .*sparse",
+    ),
+    ({"image_ids": NESTED, "caption_ids": ids(0, 0, 1, 1)}, TypeError, "image_ids .* nested"),
+    (
+        {"image_ids": ids(0, 1), "caption_ids": ids(0, 0, 1, 1).to("meta")},
+        ValueError,
+        "caption_ids is on",
+    ),
+    ({"progress": "no"}, TypeError, "progress must be True or False, got 'no'"),
+    ({"ks": (1, 2**63)}, ValueError, "ks must be .*largest possible rank"),
+    ({"ks": (1, 10**5000)}, ValueError, "ks must be positive"),
+    ({"ks": (True, 2)}, TypeError, "ks must be positive"),
+    ({"ks": tuple(range(1000, 0, -1))}, ValueError, "ks must be positive.{,200}$"),
     ({"ks": 5}, TypeError, "ks must be positive"),
     ({"ks": (1.0,)}, TypeError, "ks must be positive"),
     ({"ks": ()}, ValueError, "ks must be positive"),
@@ -150,6 +179,12 @@ BAD = [
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         evaluate_retrieval(**(GOOD | change))
+
+
+def test_ks_of_other_integers():
+    ks = (np.int64(1), np.uint8(5))
+    recalls = evaluate_retrieval(**GOOD, ks=ks).image_to_text.recalls
+    assert recalls == evaluate_retrieval(**GOOD, ks=(1, 5)).image_to_text.recalls
 
 
 def test_progress_bar_only_when_it_takes_long(capsys, monkeypatch):
