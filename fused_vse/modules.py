@@ -53,6 +53,8 @@ class _LossWithTemperature(_Loss):
                     " not train; pass learnable_temperature=True, or give the tensor to the function"
                     f" {self.function.__name__}"
                 )
+            if temperature.is_meta:
+                raise ValueError("temperature is on meta, where tensors hold no data; pass a float")
             temperature = temperature.cpu()
         temperature = float(check_temperature(temperature, torch.device("cpu")))
         self.fixed_temperature = None if learnable_temperature else temperature
@@ -80,10 +82,12 @@ class _LossWithTemperature(_Loss):
         return super().forward(images, captions, temperature=self.temperature, **batch)
 
     def extra_repr(self) -> str:
-        learnable = ", learnable" if self.fixed_temperature is None else ""
-        temperature = (
-            f"temperature={float(torch.as_tensor(self.temperature).detach()):.4g}{learnable}"
-        )
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            value = "?" if temperature.is_meta else f"{temperature.item():.4g}"
+            temperature = f"temperature={value}, learnable"
+        else:
+            temperature = f"temperature={temperature:.4g}"
         return ", ".join(filter(None, [temperature, super().extra_repr()]))
 
 

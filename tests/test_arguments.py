@@ -263,6 +263,33 @@ def test_ids_of_any_integer_dtype(dtype, backend):
     assert torch.allclose(actual, expected)
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:1].expand(4, 3),
+        lambda x: torch.complex(x, x).conj().imag,  # negated when it is read
+        lambda x: torch.nn.Parameter(x),
+        lambda x: x.as_subclass(Subclass),
+    ],
+    ids=["stride 0", "lazily negated", "parameter", "subclass"],
+)
+@pytest.mark.parametrize(
+    "ids",
+    [torch.tensor([7]).expand(4), IDS.repeat(2)[::2], torch.tensor([-(2**63), 2**63 - 1, 0, -1])],
+    ids=["stride 0", "strided", "extreme"],
+)
+def test_unusual_tensors(view, ids, backend):
+    options = dict(backend=backend)
+    actual = all_negatives_loss(view(I), view(T), image_ids=ids, caption_ids=ids, **options)
+    images, captions, ids = (torch.tensor(x.tolist()) for x in (view(I), view(T), ids))
+    expected = all_negatives_loss(images, captions, image_ids=ids, caption_ids=ids, **options)
+    assert torch.equal(actual.as_subclass(torch.Tensor), expected)
+
+
 def test_backends_and_requests_for_missing_ones(monkeypatch):
     from fused_vse.backends import cpu
 

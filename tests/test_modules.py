@@ -113,6 +113,8 @@ def test_bad_arguments():
         AllNegativesLoss(learnable_temperature="no")
     with pytest.raises(TypeError, match="temperature .* requires grad.*learnable_temperature=True"):
         AllNegativesLoss(torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(ValueError, match="temperature is on meta.*pass a float"):
+        AllNegativesLoss(torch.tensor(0.1, device="meta"))
 
 
 def test_a_temperature_that_is_no_python_float():
@@ -124,5 +126,7 @@ def test_repr_shows_the_options():
     assert (
         repr(AllNegativesLoss(0.2, margin=0.1)) == "AllNegativesLoss(temperature=0.2, margin=0.1)"
     )
-    assert "learnable" in repr(HardestNegativeLoss(learnable_temperature=True))
+    learnable = HardestNegativeLoss(learnable_temperature=True)
+    assert repr(learnable) == "HardestNegativeLoss(temperature=0.1, learnable)"
+    assert repr(learnable.to("meta")) == "HardestNegativeLoss(temperature=?, learnable)"
     assert repr(HingeLoss(hardest=True)) == "HingeLoss(hardest=True)"
