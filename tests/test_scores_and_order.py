@@ -331,7 +331,7 @@ def test_bad_arguments():
             ValueError,
             "similarity must be one of",
         ),
-        ({}, TypeError, "images must be"),
+        ({}, TypeError, "images and captions are missing"),
     ):
         for function in (fused_vse.hinge_loss, fused_vse.hardest_negatives):
             with pytest.raises(error, match=match):
