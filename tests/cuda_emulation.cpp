@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/batch.h"
+#include "cuda/l2_normalize.h"
 #include "cuda/small_loss.h"
 
 namespace {
@@ -116,16 +117,44 @@ void run(const Arguments& a) {
   });
 }
 
+// Calls f(T{}).
+template <typename F>
+void with_type(int bits, const F& f) {
+  if (bits == 32)
+    f(float{});
+  else if (bits == 16)
+    f(Half{});
+  else
+    f(BFloat16{});
+}
+
 }  // namespace
 
 extern "C" void small_loss(const Arguments* a, int bits) {
   backwards = a->backwards;
-  if (bits == 32)
-    run<float>(*a);
-  else if (bits == 16)
-    run<Half>(*a);
-  else
-    run<BFloat16>(*a);
+  with_type(bits, [&](auto zero) { run<decltype(zero)>(*a); });
+}
+
+extern "C" void l2_normalize(const void* rows, int n, int d, int bits, void* normalized,
+                             float* inverse_norm) {
+  with_type(bits, [&](auto zero) {
+    using T = decltype(zero);
+    float partial[THREADS];
+    for (int i = 0; i < n; ++i)
+      normalize::forward(partial, static_cast<const T*>(rows) + i * d, d, static_cast<T*>(normalized) + i * d,
+                         inverse_norm + i);
+  });
+}
+
+extern "C" void l2_normalize_backward(const void* dy, const void* y, const float* inverse_norm, int n, int d,
+                                      int bits, void* dx) {
+  with_type(bits, [&](auto zero) {
+    using T = decltype(zero);
+    float partial[THREADS];
+    for (int i = 0; i < n; ++i)
+      normalize::backward(partial, static_cast<const T*>(dy) + i * d, static_cast<const T*>(y) + i * d,
+                          inverse_norm[i], d, static_cast<T*>(dx) + i * d);
+  });
 }
 
 extern "C" void batch_mistake(int64_t n, int64_t images_dim, int64_t m, int64_t captions_dim,

@@ -161,12 +161,22 @@ def _scale_gradients(upstream, d_images, d_captions, d_scale, like):
 
 
 def _l2_normalize(rows):
-    norm = rows.float().norm(dim=1).clamp(min=1e-12)
-    return (rows.float() / norm[:, None]).to(rows.dtype), 1 / norm
+    rows = rows.contiguous()
+    normalized, inverse_norm = torch.empty_like(rows), torch.empty(len(rows))
+    outputs = (ctypes.c_void_p(x.data_ptr()) for x in (normalized, inverse_norm))
+    library().l2_normalize(
+        ctypes.c_void_p(rows.data_ptr()), *rows.shape, BITS[rows.dtype], *outputs
+    )
+    return normalized, inverse_norm
 
 
-def _l2_normalize_backward(d, normalized, inverse_norm):
-    return (d - (d * normalized).sum(1, keepdim=True) * normalized) * inverse_norm[:, None]
+def _l2_normalize_backward(d_normalized, normalized, inverse_norm):
+    d_rows, d_normalized = torch.empty_like(normalized), d_normalized.contiguous()
+    inputs = (ctypes.c_void_p(x.data_ptr()) for x in (d_normalized, normalized, inverse_norm))
+    library().l2_normalize_backward(
+        *inputs, *normalized.shape, BITS[normalized.dtype], ctypes.c_void_p(d_rows.data_ptr())
+    )
+    return d_rows
 
 
 _OPS = {

@@ -245,9 +245,10 @@ def test_a_device_that_is_not_the_current_one(name):
         assert got.device.index == 1 and torch.equal(got.cpu(), want.cpu())
 
 
+@pytest.mark.parametrize("factor", [3.0, 2.0**70])  # the squares overflow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normalize(dtype):
-    pair = [3 * x for x in on_gpu(CASES[7], dtype)]
+def test_normalize(dtype, factor):
+    pair = [min(factor, torch.finfo(dtype).max / 16) * x for x in on_gpu(CASES[7], dtype)]
     actual = differentiated("all_negatives", pair, CASES[7], normalize=True)
     wide = [x.double() for x in pair]
     expected = differentiated("all_negatives", wide, CASES[7], "reference", normalize=True)

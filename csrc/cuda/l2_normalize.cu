@@ -1,6 +1,7 @@
 // l2_normalize on CUDA (ops.h): y = x / max(|x|_2, 1e-12), row by row.
 //
-//   one block for a row:  each thread sums the squares of every 256th entry
+//   one block for a row:  each thread sums the squares of every 256th entry; once more, of the entries times
+//                         2^-80, where they may overflow
 //                         a tree over the threads, always of the same shape, adds the sums
 //                         each thread writes every 256th entry
 //   backward:             dx = (dy - y <y, dy>) / |x|, and dy / 1e-12 where the norm was clamped
@@ -9,52 +10,27 @@
 #include <tuple>
 
 #include "../ops.h"
+#include "l2_normalize.h"
 #include "launch.h"
 
 namespace fused_vse {
 namespace {
 
-constexpr int THREADS = 256;
-constexpr float MIN_NORM = 1e-12f;
-
-// The sum over the block's threads, on every thread; the order does not depend on anything.
-__device__ float block_sum(float x) {
-  __shared__ float partial[THREADS];
-  partial[threadIdx.x] = x;
-  for (int width = THREADS / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x < width) partial[threadIdx.x] += partial[threadIdx.x + width];
-  }
-  __syncthreads();
-  return partial[0];
-}
-
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     l2_normalize_kernel(const T* rows, int64_t dim, T* normalized, float* inverse_norm) {
-  const T* x = rows + blockIdx.x * dim;
-  float sum = 0;
-  for (int64_t d = threadIdx.x; d < dim; d += THREADS) sum += float(x[d]) * float(x[d]);
-  const float norm = sqrtf(block_sum(sum));
-  // A comparison that a NaN passes, so that it stays one.
-  const float inverse = 1 / (norm < MIN_NORM ? MIN_NORM : norm);
-  if (threadIdx.x == 0) inverse_norm[blockIdx.x] = inverse;
-  for (int64_t d = threadIdx.x; d < dim; d += THREADS)
-    normalized[blockIdx.x * dim + d] = T(float(x[d]) * inverse);
+  __shared__ float partial[THREADS];
+  const int64_t row = blockIdx.x;
+  normalize::forward(partial, rows + row * dim, dim, normalized + row * dim, inverse_norm + row);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     l2_normalize_backward_kernel(const T* d_normalized, const T* normalized, const float* inverse_norm,
                                  int64_t dim, T* d_rows) {
-  const int64_t row = blockIdx.x * dim;
-  float sum = 0;
-  for (int64_t d = threadIdx.x; d < dim; d += THREADS)
-    sum += float(d_normalized[row + d]) * float(normalized[row + d]);
-  const float inverse = inverse_norm[blockIdx.x];
-  const float along = inverse < 1 / MIN_NORM ? block_sum(sum) : 0;
-  for (int64_t d = threadIdx.x; d < dim; d += THREADS)
-    d_rows[row + d] = T((float(d_normalized[row + d]) - along * float(normalized[row + d])) * inverse);
+  __shared__ float partial[THREADS];
+  const int64_t row = blockIdx.x, at = row * dim;
+  normalize::backward(partial, d_normalized + at, normalized + at, inverse_norm[row], dim, d_rows + at);
 }
 
 std::tuple<Tensor, Tensor> l2_normalize(const Tensor& rows) {
