@@ -1,7 +1,7 @@
 """Compiles, without a GPU, exactly what the host code of the Triton backend launches.
 
-`record_launches` replaces the launch of every kernel by a note of its arguments; `compile_all` turns
-such notes into machine code for a GPU architecture and reads what it needs of a multiprocessor.
+`record_launches` replaces the launch of every kernel by a note of its arguments; `compiling` turns such
+notes into machine code for a GPU architecture and reads what it needs of a multiprocessor.
 """
 
 import contextlib
@@ -10,7 +10,8 @@ import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -22,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _DTYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -37,16 +38,19 @@ class Launch(NamedTuple):
     kernel: JITFunction
     arguments: dict  # by name; tensors as ("*bf16", aligned)
     options: dict
+    tiles: object = None  # the configuration, where the kernel walks over tiles
 
     @property
     def key(self) -> tuple:
-        """Launches of the same key compile to the same code, up to what is known of integers: which
-        are multiples of 16 varies between the rectangles of one call."""
-        arguments = [
-            (kind, str(value), divisible and kind.startswith("*"))
-            for kind, value, divisible in self.arguments.values()
-        ]
+        """Launches of the same key compile to the same code, up to what is known of alignment: which
+        pointers and integers are multiples of 16 varies between the rectangles of one call."""
+        arguments = [(kind, str(value)) for kind, value, _ in self.arguments.values()]
         return self.kernel.__name__, *arguments, *self.options.items()
+
+    @property
+    def aligned(self) -> int:
+        """How many of the pointers are."""
+        return sum(divisible and kind[0] == "*" for kind, _, divisible in self.arguments.values())
 
 
 class Compiled(NamedTuple):
@@ -119,20 +123,24 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     )
 
 
-_launches: list[Launch] = []  # what compile_all's workers inherit; a kernel cannot be pickled
+_launches: dict[tuple, Launch] = {}  # what the workers inherit; a kernel cannot be pickled
 
 
-def compile_all(launches: list[Launch], capability: int) -> list[Compiled]:
-    """`compile_launch` for each, on all processors."""
-    _launches[:] = launches
+@contextlib.contextmanager
+def compiling(launches: dict[tuple, Launch]) -> Iterator[dict[tuple, Future[Compiled]]]:
+    """`compile_launch` for each, on all processors. The keys begin with the capability."""
+    _launches.clear()
+    _launches.update(launches)
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=fork) as pool:
-        numbers = range(len(launches))
-        return list(pool.map(_compile_number, numbers, [capability] * len(launches)))
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=fork)
+    try:
+        yield {key: pool.submit(_compile, key) for key in launches}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _compile_number(number: int, capability: int) -> Compiled:
-    return compile_launch(_launches[number], capability)
+def _compile(key: tuple) -> Compiled:
+    return compile_launch(_launches[key], key[0])
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

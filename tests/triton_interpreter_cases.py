@@ -239,6 +239,29 @@ def test_strided_and_expanded_views(loss):
         assert torch.equal(got, want)
 
 
+def far_apart(x, path):
+    """x with its last rows more than 2^31 entries behind the first, in a file that is mostly a hole."""
+    stride = 2**31 // (len(x) - 1) + 1
+    storage = torch.from_file(str(path), shared=True, size=len(x) * stride, dtype=x.dtype)
+    view = storage.as_strided(x.shape, (stride, 1))
+    return view.copy_(x)
+
+
+def test_offsets_beyond_2_to_the_31(loss, tmp_path):
+    case = CASES[2]
+    images, captions = embeddings(case, torch.bfloat16)
+    apart = far_apart(images, tmp_path / "images")
+    expected = differentiated(loss, (images, captions), case)
+    for got, want in zip(differentiated(loss, (apart, captions), case), expected, strict=True):
+        assert torch.equal(got, want)
+    scores = images @ captions.T
+    expected = loss(scores=scores, num_pairs=case.pairs, backend="triton")
+    apart = far_apart(scores, tmp_path / "scores")
+    for view in (apart, apart.T):
+        got = loss(scores=view, num_pairs=case.pairs, backend="triton")
+        assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_normalization_matches_the_oracle():
     for dtype in DTYPES:
         rows = 3 * embeddings(EXTRAS, dtype, normalize=False)[0]
@@ -251,6 +274,39 @@ def test_normalization_matches_the_oracle():
             results.append((value, leaf.grad[torch.arange(45) != 3]))
         for got, want in zip(*results, strict=True):
             assert error(got, want.double()) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_normalized_rows_that_are_not_finite_stay_so(value):
+    rows = torch.randn(3, 70)
+    rows[1, 65] = value
+    normalized = fused_vse.statistics.l2_normalize(rows, "triton")
+    assert normalized[1, 65].isnan() and normalized[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [
+        *((torch.float32, power) for power in (64, 120, -60)),
+        *((torch.bfloat16, power) for power in (64, 115)),
+        *((torch.float64, power) for power in (64, 512, 1021, -300)),
+    ],
+    ids=str,
+)
+def test_normalized_rows_whose_squares_overflow_keep_their_direction(dtype, power):
+    """As torch.nn.functional.normalize would, if squares had more exponents; 1e-12 is its least norm."""
+    unit = torch.nn.functional.normalize(torch.randn(5, 70, dtype=torch.float64))
+    rows = (unit * 2.0**power).to(dtype).requires_grad_()
+    normalized = fused_vse.statistics.l2_normalize(rows, "triton")
+    expected = unit if power > 0 else rows.detach().double() / 1e-12
+    assert error(normalized, expected) <= 4 * torch.finfo(dtype).eps
+    upstream = torch.randn(5, 70, dtype=dtype)
+    normalized.backward(upstream)
+    expected = upstream.double()
+    if power > 0:
+        expected -= unit * (unit * expected).sum(1, keepdim=True)
+    d_unit = rows.grad.double() * (2.0**power if power > 0 else 1e-12)
+    assert error(d_unit, expected) <= 8 * torch.finfo(dtype).eps
 
 
 def test_sorted_scatter_equals_searching(monkeypatch):

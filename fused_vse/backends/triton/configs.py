@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 from ..fakes import MAX_SAVED_SCORES
 
+# Of a multiprocessor and of a thread, on every GPU from sm_80 on.
+REGISTERS, MOST_REGISTERS = 65536, 255
+
 
 @dataclass(frozen=True)
 class Device:
@@ -31,6 +34,12 @@ class Tiles:
     # tests/test_triton_compile.py needs to see no spills.
     halvings: int = 2
     tma: bool = False  # the bulk copy engine of sm_90 loads the operands
+
+    @property
+    def registers(self) -> int:
+        """What a thread may take. Told nothing, ptxas spills to make room for programs that never come."""
+        threads = 32 * self.num_warps * self.programs_per_sm
+        return min(REGISTERS // threads, MOST_REGISTERS)
 
 
 # Two programs of 128 x 128 on a multiprocessor: one reduces its tile while the other multiplies. 3 stages

@@ -20,11 +20,17 @@ from .tiles import (
 
 
 @triton.jit
+def add_both(total, active, other_total, other_active):
+    return total + other_total, active + other_active
+
+
+@triton.jit
 def hinge_tile(acc, threshold, AXIS: tl.constexpr):
     """Sum of [s - threshold]+ along AXIS, and how many are above 0."""
     excess = acc - tl.expand_dims(threshold, AXIS)
     active = excess > 0
-    return tl.sum(tl.where(active, excess, 0.0), AXIS), tl.sum(active.to(tl.int32), AXIS)
+    # One reduction of both: two would need the tile twice, for which there are no registers.
+    return tl.reduce((tl.where(active, excess, 0.0), active.to(tl.int32)), AXIS, add_both)
 
 
 # Per tile, for the rows and for the columns: the sum of hinges and the number of active ones.

@@ -12,6 +12,9 @@ OVERFLOW_FLOAT64 = tl.constexpr(1.7e308)
 EPSILON = tl.constexpr(1e-12)
 # Just under 1 / EPSILON, whatever the rounding: a row with this inverse norm was clamped.
 LARGEST_INVERSE = tl.constexpr(0.9999e12)
+# From here on squares might overflow; a power of two takes such a row, of whatever length, near 1.
+HUGE_SQUARES, SHRINK = tl.constexpr(2.0**100), tl.constexpr(2.0**-80)
+HUGE_SQUARES_FLOAT64, SHRINK_FLOAT64 = tl.constexpr(2.0**1000), tl.constexpr(2.0**-530)
 
 
 @triton.jit
@@ -110,28 +113,34 @@ def is_poisoned(bounds_ptr, num_bounds, D, FAMILY: tl.constexpr, ACC: tl.constex
 
 # normalized[r] = rows[r] * inverse_norm[r], inverse_norm[r] = 1 / max(|rows[r]|, 1e-12)
 #
-#   for d in blocks of D:  squares += rows[r, d]^2
-#   for d in blocks of D:  normalized[r, d] = rows[r, d] / norm
+#   for d in blocks of D:  squares += rows[r, d]^2, and of the shrunk entries
+#   scale = 1, or what shrinks a huge row
+#   for d in blocks of D:  normalized[r, d] = scale rows[r, d] / norm of the scaled row
 @triton.jit
 def l2_normalize_kernel(
     rows_ptr, normalized_ptr, inverse_norm_ptr, stride_rows, num_rows, D,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     offs_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    IS_DOUBLE: tl.constexpr = ACC == tl.float64
+    shrink: tl.constexpr = SHRINK_FLOAT64 if IS_DOUBLE else SHRINK
     squares = tl.zeros((BLOCK_R, BLOCK_D), ACC)
+    shrunk_squares = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     for d in tl.range(0, D, BLOCK_D):
         x = load_block(rows_ptr, stride_rows, offs_row, num_rows, d + tl.arange(0, BLOCK_D), D, ACC)
         squares += x * x
+        shrunk_squares += (x * shrink) * (x * shrink)
     square = tl.sum(squares, 1)
-    # A norm that overflows would otherwise turn finite rows into zeros unnoticed.
-    square = tl.where(square == float("inf"), float("nan"), square)
-    norm = tl.sqrt(square)
+    is_huge = square > (HUGE_SQUARES_FLOAT64 if IS_DOUBLE else HUGE_SQUARES)
+    scale = tl.where(is_huge, shrink, 1.0).to(ACC)
+    norm = tl.sqrt(tl.where(is_huge, tl.sum(shrunk_squares, 1), square))
     inverse = 1.0 / tl.where(norm < EPSILON, EPSILON, norm)
-    tl.store(inverse_norm_ptr + offs_row, inverse, mask=offs_row < num_rows)
+    tl.store(inverse_norm_ptr + offs_row, scale * inverse, mask=offs_row < num_rows)
     for d in tl.range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         x = load_block(rows_ptr, stride_rows, offs_row, num_rows, offs_d, D, ACC)
-        store_block(normalized_ptr, offs_row, num_rows, offs_d, D, x * inverse[:, None])
+        y = x * scale[:, None] * inverse[:, None]
+        store_block(normalized_ptr, offs_row, num_rows, offs_d, D, y)
 
 
 @triton.jit

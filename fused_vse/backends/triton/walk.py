@@ -105,6 +105,7 @@ class Walk(NamedTuple):
             "GROUP": tiles.group,
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
+            "maxnreg": tiles.registers,
         }
 
     def rectangles(self, bytes_per_row: int) -> Iterator[Rectangle]:
@@ -193,7 +194,7 @@ def _source(family: str, dtype: torch.dtype) -> tuple[str, str, str]:
     """
     is_double = dtype == torch.float64
     if family == "scores":
-        return "given", "stored" if is_double else "given", "ieee"
+        return "given", "given" if dtype.itemsize == 2 else "stored", "ieee"
     if family == "order":
         return "order", "order_float64" if is_double else "order", "ieee"
     if dtype in (torch.float16, torch.bfloat16):
