@@ -4,7 +4,7 @@ A backend is a module of `fused_vse.backends` with
     UNAVAILABLE: the reason why it cannot be used here together with the remedy, or None;
     DEVICE: the type of device whose tensors it takes;
     FAMILIES: optional, which families of ops it has: "dot" (default), "order", "scores", "loss";
-    ON_REQUEST: optional, why "auto" does not choose it, or None;
+    ON_REQUEST: optional, why "auto" does not choose it for all tensors of DEVICE;
 and, registered under `torch.ops.fused_vse_<name>`, the ops that csrc/ops.h documents. The
 reference is plain PyTorch, takes any device and needs no ops.
 """
@@ -17,14 +17,14 @@ import torch
 from .arguments import check_choice
 from .backends import cpu, cuda, triton
 
-REFERENCE = "reference"
+AUTO, REFERENCE = "auto", "reference"
 FAMILY_NAMES = {
     "dot": "statistics of the dot product",
     "order": "order similarity",
     "scores": "score-matrix losses",
     "loss": "whole losses",
 }
-# In the order in which "auto" tries them.
+# In the order in which "auto" tries them; of cuda it takes only what `select_for_op` finds.
 _FUSED: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda}
 
 
@@ -50,10 +50,10 @@ def select(backend: str, device: torch.device, family: str = "dot") -> str:
         ValueError: the name is unknown, or the backend does not take tensors of this device.
         RuntimeError: the backend was asked for by name and is not available here.
     """
-    check_choice("backend", backend, ("auto", REFERENCE, *_FUSED))
+    check_choice("backend", backend, (AUTO, REFERENCE, *_FUSED))
     if backend == REFERENCE:
         return backend
-    if backend == "auto":
+    if backend == AUTO:
         return _automatic(device, family)
     module = _FUSED[backend]
     reason = _unavailable(backend, family)
@@ -65,6 +65,17 @@ def select(backend: str, device: torch.device, family: str = "dot") -> str:
             " move them or use backend='auto'"
         )
     return backend
+
+
+def is_left_to_ops(requested: str, selected: str) -> bool:
+    """Whether `select_for_op` is to choose the backend of each op, rather than `select` that of all."""
+    return bool(cuda.MEASURED) and requested == AUTO and selected == "triton"
+
+
+def select_for_op(op: str, images: torch.Tensor, captions: torch.Tensor) -> str:
+    """What "auto" takes for one statistic of the dot product: cuda only in place of Triton, which it needs
+    for the backward pass."""
+    return "cuda" if cuda.is_measured_ahead(op, images, captions) else "triton"
 
 
 @torch.compiler.assume_constant_result
@@ -81,6 +92,11 @@ def _unavailable(name: str, family: str = "dot") -> str | None:
     return module.UNAVAILABLE
 
 
+@torch.compiler.assume_constant_result
+def _why_not_automatic(name: str, family: str) -> str | None:
+    return getattr(_FUSED[name], "ON_REQUEST", None) or _unavailable(name, family)
+
+
 def _families(module: ModuleType) -> tuple[str, ...]:
     return getattr(module, "FAMILIES", ("dot",))
 
@@ -89,7 +105,7 @@ def _automatic(device: torch.device, family: str) -> str:
     reasons = []
     for name, module in _FUSED.items():
         if module.DEVICE == device.type:
-            reason = getattr(module, "ON_REQUEST", None) or _unavailable(name, family)
+            reason = _why_not_automatic(name, family)
             if reason is None:
                 return name
             reasons.append(f"{name}: {reason}")

@@ -22,7 +22,7 @@ from .arguments import (
     check_temperature,
     inverse_temperature,
 )
-from .dispatch import REFERENCE, select
+from .dispatch import AUTO, REFERENCE, is_left_to_ops, select, select_for_op
 
 SIMILARITIES = ("dot", "order")
 
@@ -129,8 +129,11 @@ def check_options(normalize: object, similarity: object, backend: object) -> Non
 def prepare(
     batch: Batch | ScoreMatrix, normalize: bool, similarity: str, backend: str
 ) -> tuple[Batch | ScoreMatrix, str]:
-    """Chooses the backend, or its family of ops, and normalises the embeddings if asked to."""
-    if batch.tensor.is_meta and backend in ("auto", REFERENCE):
+    """Chooses the backend, or its family of ops, and normalises the embeddings if asked to.
+
+    The backend stays "auto" where the functions below choose one for each statistic.
+    """
+    if batch.tensor.is_meta and backend in (AUTO, REFERENCE):
         name = "scores are" if isinstance(batch, ScoreMatrix) else "images and captions are"
         raise ValueError(
             f"{name} on meta, where tensors hold no data; materialise the model with .to_empty()"
@@ -142,14 +145,14 @@ def prepare(
             )
         backend = select(backend, batch.tensor.device, "scores")
         return batch, backend if backend == REFERENCE else f"{backend}_scores"
-    backend = select(backend, batch.tensor.device, similarity)
+    requested, backend = backend, select(backend, batch.tensor.device, similarity)
     if normalize:
         batch = batch._replace(
             images=l2_normalize(batch.images, backend),
             captions=l2_normalize(batch.captions, backend),
         )
     if similarity == "dot":
-        return batch, backend
+        return batch, AUTO if is_left_to_ops(requested, backend) else backend
     if backend == REFERENCE:
         images, captions, *pairs = batch
         return ScoreMatrix(reference.order_similarity(images, captions), *pairs), backend
@@ -161,7 +164,12 @@ def hardest_statistic(batch: Batch | ScoreMatrix, backend: str) -> HardestNegati
         return HardestNegatives(*reference.hardest_negatives(*_embeddings(batch)))
     if isinstance(batch, ScoreMatrix):
         return HardestNegatives(*_ScoresHardestNegatives.apply(*batch, backend))
+    backend = _backend_of("hardest_negatives", batch, backend)
     return HardestNegatives(*_HardestNegatives.apply(*batch, backend))
+
+
+def _backend_of(op: str, batch: Batch, backend: str) -> str:
+    return select_for_op(op, batch.images, batch.captions) if backend == AUTO else backend
 
 
 def _embeddings(batch: Batch | ScoreMatrix) -> tuple:
@@ -180,6 +188,7 @@ def logsumexp_statistic(
         return NegativeLogsumexp(
             *_ScoresNegativeLogsumexp.apply(*batch, scale, scale_tensor, backend)
         )
+    backend = _backend_of("negative_logsumexp", batch, backend)
     save_scores = needs_grad(batch.images, batch.captions, scale_tensor)
     return NegativeLogsumexp(
         *_NegativeLogsumexp.apply(*batch, scale, scale_tensor, save_scores, backend)
@@ -194,6 +203,7 @@ def hinge_statistic(
         return reference.hinge_sum(*_embeddings(batch), margin)
     if isinstance(batch, ScoreMatrix):
         return _ScoresHingeSum.apply(*batch, margin, backend)
+    backend = _backend_of("hinge_sum", batch, backend)
     save_scores = needs_grad(batch.images, batch.captions)
     return _HingeSum.apply(*batch, margin, save_scores, backend)
 

@@ -21,30 +21,47 @@ SMALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class Bucket(NamedTuple):
     """Where a measurement that is committed in benchmarks/results shows this backend ahead of Triton."""
 
-    op: str
+    op: str  # "small_loss", or a statistic of csrc/ops.h with its backward pass
     capability: tuple[int, int]
     dtype: torch.dtype
-    max_rows: int  # of images and of captions
-    max_dim: int
+    rows: tuple[int, int]  # fewest and most, of images and of captions
+    dims: tuple[int, int]
+
+    def __str__(self) -> str:
+        (major, minor), dtype = self.capability, str(self.dtype).removeprefix("torch.")
+        (fewest, most), (least, largest) = self.rows, self.dims
+        return (
+            f"{self.op} of {dtype}, {fewest} - {most} rows of {least} - {largest},"
+            f" on compute capability {major}.{minor}"
+        )
 
 
 # All that backend="auto" looks at. Empty, because no kernel of this backend has run on a GPU yet.
 MEASURED: tuple[Bucket, ...] = ()
-ON_REQUEST = None if MEASURED else "not chosen by auto: never measured on a GPU"
 
 
 def is_measured_ahead(op: str, images: torch.Tensor, captions: torch.Tensor) -> bool:
     """Whether "auto" is to take this backend's `op` for these embeddings."""
-    if not MEASURED or images.device.type != DEVICE or _unavailable() is not None:
+    if not MEASURED or images.device.type != DEVICE:
         return False
-    rows, dim = max(images.shape[0], captions.shape[0]), images.shape[1]
-    capability = torch.cuda.get_device_capability(images.device)
-    return any(
-        (op, capability, images.dtype) == (bucket.op, bucket.capability, bucket.dtype)
-        and rows <= bucket.max_rows
-        and dim <= bucket.max_dim
-        for bucket in MEASURED
-    )
+    capability = _capability(images.device)
+    for bucket in MEASURED:
+        if (op, images.dtype, capability) == (bucket.op, bucket.dtype, bucket.capability):
+            (fewest, most), (least, largest) = bucket.rows, bucket.dims
+            in_range = (
+                fewest <= images.shape[0] <= most
+                and fewest <= captions.shape[0] <= most
+                and least <= images.shape[1] <= largest
+            )
+            if in_range:
+                return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of this GPU, which need not be the only one; None if the backend is not available."""
+    return None if _unavailable() else torch.cuda.get_device_capability(device)
 
 
 def is_ahead_in_small_losses(images: torch.Tensor, captions: torch.Tensor) -> bool:
@@ -72,7 +89,15 @@ def __getattr__(name: str):
     # Late, because looking at the GPU initialises CUDA, which an import must not do.
     if name == "UNAVAILABLE":
         return _unavailable()
+    if name == "ON_REQUEST":
+        return _on_request()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _on_request() -> str:
+    if not MEASURED:
+        return "not chosen by auto: never measured on a GPU"
+    return f"chosen by auto only for {'; '.join(map(str, MEASURED))}"
 
 
 @functools.cache
