@@ -12,13 +12,18 @@ eager PyTorch and torch.compile. Times are medians over inputs that rotate throu
 than the L2 cache holds. The most telling sizes come first; what no longer fits into the time or the
 memory is listed as skipped.
 
+A contender that raises an error is listed as failed and the others go on, unless the GPU is lost; the exit
+code is then 1. The report is written after every size: an interrupt leaves what was measured until then.
+
 compute-sanitizer takes longer than all of that: `python -m pytest tests/test_cuda_sanitizer.py`.
 """
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,8 +32,11 @@ import torch
 from . import gpu_contenders as contenders
 from . import gpu_measure as measure
 from . import gpu_report as report
+from .gpu_run import FINISHED, RUNNING, Run, first_line
 
 RESULTS = Path(__file__).parent / "results"
+# Of the time, for the first steps of eight new processes.
+FIRST_CALLS_SECONDS = 75
 TESTS = sorted((Path(__file__).parent.parent / "tests").glob("test_gpu*.py"))
 
 
@@ -45,63 +53,58 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA GPU is visible; run this on a machine that has one, or with --dry-run")
         return 2
-    if not options.dry_run and not options.skip_tests and not tests_pass():
+    if not options.dry_run and not options.skip_tests and not tests_pass(options.minutes):
         print("the GPU tests failed: no measurement")
         return 1
 
     deadline = start + 60 * options.minutes
-    meter = measure.HostMeter() if options.dry_run else measure.GpuMeter()
     cases = contenders.TINY_CASES if options.dry_run else contenders.CASES
-    before = report.machine()
-    rows, skipped = [], []
-    for case in cases:
-        for contender in contenders.contenders_of(case):
-            reason = why_not(case, contender, deadline)
-            if reason is None:
-                try:
-                    rows.append(measure.measure(case, contender, meter))
-                    print(report.line(rows[-1]), flush=True)
-                    continue
-                except torch.OutOfMemoryError:
-                    reason = "out of memory"
-                    torch.cuda.empty_cache()
-            skipped.append({**case._asdict(), "contender": contender.name, "reason": reason})
-    first_calls = {} if options.dry_run else measure.first_calls()
-    result = {
-        "dry_run": options.dry_run,
-        "machine": before,
-        "clocks_after": report.clocks(),
-        "seconds": time.monotonic() - start,
-        "first_call_seconds": first_calls,
-        "rows": rows,
-        "skipped": skipped,
-    }
-    if options.skip_tests:
-        print(report.markdown(result))
-    else:
-        report.write(result, options.output)
-    return 0
+    meter = measure.HostMeter() if options.dry_run else measure.GpuMeter()
+
+    def save(result: dict) -> None:
+        if not options.skip_tests:
+            report.write(result, options.output)
+
+    about = {"dry_run": options.dry_run, "machine": report.machine()}
+    run = Run(meter, about, deadline, save)
+    try:
+        run.measure(cases, deadline if options.dry_run else deadline - FIRST_CALLS_SECONDS)
+        if not options.dry_run:
+            run.first_calls()
+        if run.result["state"] == RUNNING:
+            run.result["state"] = FINISHED
+    except KeyboardInterrupt:
+        run.result["state"] = "interrupted"
+        return 130
+    except Exception as error:
+        run.result["state"] = f"stopped: {first_line(error)}"
+        raise
+    finally:
+        run.result["clocks_after"] = report.clocks()
+        run.save()
+        if options.skip_tests:
+            print(report.markdown(run.result))
+    return 0 if run.result["state"] == FINISHED and not run.result["failed"] else 1
 
 
-def tests_pass() -> bool:
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-m", "gpu", *map(str, TESTS)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(run.stdout[-3000:])
+def tests_pass(minutes: float) -> bool:
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "pytest", "-v", "-x", "-rs", "-m", "gpu", *map(str, TESTS)]
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            code = subprocess.run(
+                command, env=environment, stdout=output, stderr=output, timeout=60 * minutes
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        output.seek(0)
+        text = output.read()
+    print(text[-3000:])
     # All skipped is no pass.
-    return run.returncode == 0 and " passed" in run.stdout
-
-
-def why_not(case, contender, deadline: float) -> str | None:
-    if time.monotonic() > deadline:
-        return "out of time"
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        needed = (contender.entry_bytes + contenders.input_bytes(case)) * case.size**2
-        if needed > 0.9 * free:
-            return f"needs {needed / 2**30:.0f} GiB of {free / 2**30:.0f}"
-    return None
+    return code == 0 and " passed" in text
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does, so that the report is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 
 import torch
@@ -20,6 +19,12 @@ class HostMeter:
     """Stands in for a GPU in a dry run."""
 
     device, cache_bytes = "cpu", 1
+
+    def free_memory(self) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return True
 
     def times(self, call, count: int) -> list[float]:
         result = []
@@ -46,6 +51,18 @@ class GpuMeter:
 
     def __init__(self):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+
+    def free_memory(self) -> None:
+        """Gives back what PyTorch keeps: the driver counts it as taken."""
+        torch.cuda.empty_cache()
+
+    def is_alive(self) -> bool:
+        """False after an error that stays, such as an illegal address: every later call raises it."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def times(self, call, count: int) -> list[float]:
         """Seconds of each call by events on the stream."""
@@ -168,6 +185,9 @@ def summary(name: str, meter, call) -> dict:
     }
 
 
+FIRST_CALLS = [
+    (loss, size) for size in (128, 4096) for loss in ("hardest_negative_loss", "all_negatives_loss")
+]
 FIRST_CALL = """
 import time, torch, fused_vse
 x = torch.nn.functional.normalize(torch.randn({size}, 256, device="cuda")).bfloat16().requires_grad_()
@@ -179,17 +199,15 @@ print(time.perf_counter() - start)
 """
 
 
-def first_calls() -> dict[str, float]:
-    """Seconds of the first step in a new process, with nothing compiled before and with all of it."""
-    result = {}
-    for loss in ("hardest_negative_loss", "all_negatives_loss"):
-        for size in (128, 4096):
-            with tempfile.TemporaryDirectory() as cache:
-                environment = os.environ | {"TRITON_CACHE_DIR": cache}
-                for state in ("compiling", "from the disk cache"):
-                    command = [sys.executable, "-c", FIRST_CALL.format(size=size, loss=loss)]
-                    run = subprocess.run(
-                        command, env=environment, capture_output=True, text=True, check=True
-                    )
-                    result[f"{loss}, N = {size}, {state}"] = float(run.stdout)
-    return result
+def first_call(loss: str, size: int, cache: str, timeout: float) -> float:
+    """Seconds of the first step in a new process that keeps what Triton compiles in `cache`."""
+    command = [sys.executable, "-c", FIRST_CALL.format(size=size, loss=loss)]
+    run = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_CACHE_DIR": cache},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=timeout,
+    )
+    return float(run.stdout)

@@ -1,6 +1,7 @@
 """The report of benchmarks.gpu: JSON with everything, markdown with what one compares."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -20,8 +21,9 @@ COLUMNS = (
 
 def command_output(*command: str) -> str | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        return run.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
@@ -63,6 +65,14 @@ def size(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.0f} MiB"
 
 
+def case_of(row: dict) -> str:
+    return f"{row['loss']}, {row['size']}, {row['dim']}, {row['dtype']}"
+
+
+def name_of(row: dict) -> str:
+    return f"{case_of(row)}, {row['contender']}"
+
+
 def line(row: dict) -> str:
     step = f"forward + backward {seconds(row['step'])}" if "step" in row else ""
     return (
@@ -84,6 +94,8 @@ def markdown(result: dict) -> str:
     lines = []
     if result["dry_run"]:
         lines += ["**A dry run: the numbers below mean nothing.**", ""]
+    if result["state"] != "finished":
+        lines += [f"**Not complete: {result['state']}.**", ""]
     lines += [
         f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, CUDA {about['cuda']},"
         f" Triton {about['triton']}, commit {about['commit']}{' + changes' if about['modified'] else ''}.",
@@ -100,7 +112,7 @@ def markdown(result: dict) -> str:
         full = "step" if "step" in row else "forward"
         relative = row[full] / gemm[key(row)] if key(row) in gemm else None
         cells = [
-            f"{row['loss']}, {row['size']}, {row['dim']}, {row['dtype']}",
+            case_of(row),
             row["contender"],
             spread(row, "forward"),
             spread(row, "step"),
@@ -111,16 +123,14 @@ def markdown(result: dict) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if result["first_call_seconds"]:
-        lines += ["", "First step in a new process:", ""]
+        lines += ["", "In a new process:", ""]
         lines += [
             f"- {name}: {value:.2f} s" for name, value in result["first_call_seconds"].items()
         ]
-    if result["skipped"]:
-        lines += ["", "Skipped:", ""]
-        lines += [
-            f"- {s['loss']}, {s['size']}, {s['dim']}, {s['dtype']}, {s['contender']}: {s['reason']}"
-            for s in result["skipped"]
-        ]
+    for kind in ("failed", "skipped"):
+        if result[kind]:
+            lines += ["", f"{kind.capitalize()}:", ""]
+            lines += [f"- {entry['what']}: {entry['reason']}" for entry in result[kind]]
     return "\n".join(lines) + "\n"
 
 
@@ -130,5 +140,12 @@ def key(row: dict) -> tuple:
 
 def write(result: dict, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (directory / "gpu.md").write_text(markdown(result))
+    replace(directory / "gpu.json", json.dumps(result, indent=1) + "\n")
+    replace(directory / "gpu.md", markdown(result))
+
+
+def replace(path: Path, text: str) -> None:
+    """At once: whatever happens meanwhile, the file is the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
