@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 from fused_vse.backends.cuda import SMALL_ROWS
+from fused_vse.backends.fakes import MAX_SAVED_SCORES
 
 
 class Case(NamedTuple):
@@ -27,7 +28,7 @@ class Contender(NamedTuple):
     entry_bytes: (
         float  # memory for each of the N^2 entries of S, roughly: to leave out what cannot fit
     )
-    mode: str = "eager"  # "graph": replayed as one CUDA graph
+    mode: str = "eager"  # "graph": replayed as one CUDA graph, and timed without Python
     always_fresh: bool = False  # compiled anew for every case
 
 
@@ -166,11 +167,18 @@ def fused_backend() -> str:
     return "triton" if torch.cuda.is_available() else "reference"
 
 
+def is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
 def takes_cuda(case: Case) -> bool:
-    """One launch for a small batch; 16 bits for a large one, whose kernels are for Hopper."""
-    has_kernels = case.size <= SMALL_ROWS or case.dtype == "bfloat16"
+    """Where its own kernels compute a step: of small batches, and on Hopper of large ones in 16 bits, unless
+    S is kept for the backward pass. It leaves the others to Triton, which contends already.
+    """
+    keeps_scores = case.loss != "hardest" and case.size**2 <= MAX_SAVED_SCORES
+    takes_large = case.dtype == "bfloat16" and is_hopper() and not keeps_scores
     return (
-        has_kernels
+        (case.size <= SMALL_ROWS or takes_large)
         and family_of(case) == "dot"
         and fused_vse.backends()["cuda"].startswith("available")
     )

@@ -197,10 +197,15 @@ def test_the_contenders_compute_the_same(case):
 
 
 @pytest.mark.parametrize("case", gpu.contenders.CASES, ids=str)
-def test_the_cuda_backend_contends_where_it_has_kernels(case, monkeypatch):
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_cuda_backend_contends_where_it_has_kernels(hopper, case, monkeypatch):
+    """Not where it only passes Triton on: off Hopper, and where the scores are kept."""
     monkeypatch.setattr(gpu.contenders.fused_vse, "backends", lambda: {"cuda": "available"})
+    monkeypatch.setattr(gpu.contenders, "is_hopper", lambda: hopper)
     contenders = {x.name: x.function for x in gpu.contenders.contenders_of(case)}
-    takes = "," not in case.loss and (case.size <= 512 or case.dtype == "bfloat16")
+    kept = case.size <= 2048 and case.loss != "hardest"
+    takes_large = hopper and case.dtype == "bfloat16" and not kept
+    takes = "," not in case.loss and (case.size <= 512 or takes_large)
     assert ("fused (cuda)" in contenders) == takes
     assert ("fused (cuda), graph" in contenders) == (takes and case.size <= 512)
     if takes:
