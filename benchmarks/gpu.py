@@ -65,13 +65,17 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.skip_tests:
             report.write(result, options.output)
 
-    about = {"dry_run": options.dry_run, "machine": report.machine()}
+    meter.busy()
+    about = {"clocks_before": report.clocks()}
+    about |= {"dry_run": options.dry_run, "machine": report.machine()}
     run = Run(meter, about, deadline, save)
     try:
         run.measure(cases, deadline if options.dry_run else deadline - FIRST_CALLS_SECONDS)
         if not options.dry_run:
             run.first_calls()
         if run.result["state"] == RUNNING:
+            meter.busy()
+            run.result["clocks_after"] = report.clocks()
             run.result["state"] = FINISHED
     except KeyboardInterrupt:
         run.result["state"] = "interrupted"
@@ -80,7 +84,6 @@ def main(arguments: list[str] | None = None) -> int:
         run.result["state"] = f"stopped: {first_line(error)}"
         raise
     finally:
-        run.result["clocks_after"] = report.clocks()
         run.save()
         if options.skip_tests:
             print(report.markdown(run.result))

@@ -1,5 +1,7 @@
 """How benchmarks.gpu measures: CUDA events, inputs that do not stay in L2, medians with their spread."""
 
+import ctypes
+import itertools
 import math
 import os
 import statistics
@@ -12,7 +14,10 @@ import torch
 from .gpu_contenders import Case, Contender, family_of
 
 SECONDS = 0.4  # for one measurement
-WARM_UP, LEAST, MOST = 3, 10, 200
+WARM_UP, LEAST, MOST = 3, 10, 1000
+ROUND = 200  # calls without a synchronisation: three entries each of a queue that holds 1024
+# 20 µs a call, in which Python puts the replay of a graph and two events into the queue.
+QUEUEING_CYCLES = 40_000
 
 
 class HostMeter:
@@ -20,15 +25,21 @@ class HostMeter:
 
     device, cache_bytes = "cpu", 1
 
+    def __init__(self):
+        self.turns = itertools.count()
+
+    def busy(self) -> None:
+        pass
+
     def free_memory(self) -> None:
         pass
 
     def is_alive(self) -> bool:
         return True
 
-    def times(self, call, count: int) -> list[float]:
+    def times(self, call, count: int, queued: bool = False) -> list[float]:
         result = []
-        for i in range(count):
+        for i in itertools.islice(self.turns, count):
             start = time.perf_counter()
             call(i)
             result.append(time.perf_counter() - start)
@@ -51,6 +62,14 @@ class GpuMeter:
 
     def __init__(self):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        self.turns = itertools.count()
+
+    def busy(self) -> None:
+        """Starts a second or more of work, so that the clocks are those under load."""
+        x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        y = torch.empty_like(x)
+        for _ in range(900):
+            torch.mm(x, x, out=y)
 
     def free_memory(self) -> None:
         """Gives back what PyTorch keeps: the driver counts it as taken."""
@@ -64,11 +83,19 @@ class GpuMeter:
             return False
         return True
 
-    def times(self, call, count: int) -> list[float]:
-        """Seconds of each call by events on the stream."""
+    def times(self, call, count: int, queued: bool = False) -> list[float]:
+        """Seconds of each call by events on the stream, of inputs in turn.
+
+        The GPU waits for Python where that is slower. If `queued`, all calls are in its queue before the
+        first begins, so that the times are the GPU's alone.
+        """
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for event in itertools.chain(*events):
+            event.record()  # the first time creates it
         torch.cuda.synchronize()
-        for i, (start, stop) in enumerate(events):
+        if queued:
+            torch.cuda._sleep(count * QUEUEING_CYCLES)
+        for i, (start, stop) in zip(itertools.islice(self.turns, count), events, strict=True):
             start.record()
             call(i)
             stop.record()
@@ -84,19 +111,25 @@ class GpuMeter:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def launches(self, call) -> int:
-        """Kernels, copies and fills that a call starts."""
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            call(0)
-            torch.cuda.synchronize()
-        device = torch.autograd.DeviceType.CUDA
-        return sum(event.device_type == device for event in profile.events())
+    def launches(self, call) -> int | None:
+        """Kernels, copies and fills that a call starts: the nodes of its CUDA graph. None without one.
+
+        Not by a profiler, whose hooks can stay behind and slow down every later launch
+        (https://github.com/pytorch/kineto/pull/1264).
+        """
+        graph, count = torch.cuda.CUDAGraph(keep_graph=True), ctypes.c_size_t()
+        try:
+            with torch.cuda.graph(graph):
+                call(0)
+            handle = ctypes.c_void_p(graph.raw_cuda_graph())
+            get_nodes = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes
+            return None if get_nodes(handle, None, ctypes.byref(count)) else count.value
+        except (RuntimeError, OSError):
+            return None
 
     def replayed(self, call, sets: int):
         """`call` on each of the input sets as a CUDA graph of its own."""
-        graphs = []
+        graphs, pool = [], torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -105,8 +138,9 @@ class GpuMeter:
         torch.cuda.current_stream().wait_stream(stream)
         for i in range(sets):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):  # they never run at the same time
                 call(i)
+            graph.replay()  # the first one copies the graph to the GPU
             graphs.append(graph)
         return lambda i: graphs[i % sets].replay()
 
@@ -117,7 +151,7 @@ def inputs(case: Case, meter) -> list[list[torch.Tensor]]:
     is_scores = family_of(case) == "scores"
     shapes = [(case.size, case.size)] if is_scores else [(case.size, case.dim)] * 2
     set_bytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-    sets = min(max(math.ceil(2 * meter.cache_bytes / set_bytes), 1), 64)
+    sets = max(math.ceil(2 * meter.cache_bytes / set_bytes), 1)
     generator = torch.Generator(meter.device).manual_seed(0)
     result = []
     for _ in range(sets):
@@ -152,12 +186,14 @@ def measure(case: Case, contender: Contender, meter) -> dict:
             continue
         for i in range(WARM_UP):
             call(i)
+        for x in itertools.chain(*sets):
+            x.grad = None  # which would count as taken before the call
         row[f"{name}_bytes"] = meter.peak_bytes(call)
+        is_graph = contender.mode == "graph"
+        timed = meter.replayed(call, len(sets)) if is_graph else call
+        row[f"{name}_host"] = host_seconds(timed, meter)
+        row |= summary(name, meter, timed, is_graph)
         row[f"{name}_launches"] = meter.launches(call)
-        row[f"{name}_host"] = host_seconds(call, meter)
-        if contender.mode == "graph":
-            call = meter.replayed(call, len(sets))
-        row |= summary(name, meter, call)
     return row
 
 
@@ -173,10 +209,13 @@ def host_seconds(call, meter) -> float:
     return statistics.median(result)
 
 
-def summary(name: str, meter, call) -> dict:
-    estimate = statistics.median(meter.times(call, WARM_UP))
+def summary(name: str, meter, call, queued: bool) -> dict:
+    estimate = statistics.median(meter.times(call, WARM_UP, queued))
     count = min(max(int(SECONDS / max(estimate, 1e-7)), LEAST), MOST)
-    times = sorted(meter.times(call, count))
+    times = []
+    while len(times) < count:
+        times += meter.times(call, min(count - len(times), ROUND), queued)
+    times.sort()
     return {
         name: statistics.median(times),
         f"{name}_low": times[count // 10],

@@ -27,9 +27,18 @@ def command_output(*command: str) -> str | None:
         return None
 
 
+def nvidia_smi(query: str) -> str | None:
+    """Of the GPU that is measured, which need not be the machine's first."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    return command_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", gpu)
+
+
 def clocks() -> str | None:
-    query = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
-    return command_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0")
+    return nvidia_smi(
+        "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
+    )
 
 
 def machine() -> dict:
@@ -42,10 +51,7 @@ def machine() -> dict:
     has_gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
-        "driver": command_output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
-        ),
-        "clocks_before": clocks(),
+        "driver": nvidia_smi("driver_version"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton_version,
@@ -99,10 +105,11 @@ def markdown(result: dict) -> str:
     lines += [
         f"{about['gpu']}, driver {about['driver']}, torch {about['torch']}, CUDA {about['cuda']},"
         f" Triton {about['triton']}, commit {about['commit']}{' + changes' if about['modified'] else ''}.",
-        f"Clocks (SM, memory, throttling, temperature, power): before {about['clocks_before']};"
-        f" after {result['clocks_after']}.",
+        "Under load (clocks of SM and memory, throttling, temperature, power):"
+        f" before {result['clocks_before']}; after {result['clocks_after']}.",
         "Medians ± half the distance from the 10 % to the 90 % quantile; / GEMM is relative to the bare"
-        " GEMM of the same run. Memory is what a call needs on top of its input.",
+        " GEMM of the same run. Memory is what a call needs on top of its input. A graph's time is the GPU's"
+        " alone, with all replays queued; the others include waiting for Python.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
@@ -118,7 +125,9 @@ def markdown(result: dict) -> str:
             spread(row, "step"),
             "" if relative is None else f"{relative:.2f}",
             size(row[f"{full}_bytes"]),
-            f"{row['forward_launches']} / {row.get('step_launches', '')}",
+            " / ".join(
+                str(row[f"{name}_launches"] or "?") for name in ("forward", "step") if name in row
+            ),
             seconds(row[f"{full}_host"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -262,3 +262,60 @@ def test_first_calls_note_what_fails_and_what_takes_too_long(monkeypatch):
     run.deadline = time.monotonic() - 1
     run.first_calls()
     assert len(run.result["skipped"]) == 5 and saved
+
+
+CASE = gpu.contenders.Case("hardest", 16, 32, "float32")
+
+
+def contender(mode="eager"):
+    fused = gpu.contenders.fused_loss(CASE, "reference")
+    return gpu.contenders.Contender("fused", fused, True, 0, mode)
+
+
+def test_no_input_stays_in_the_cache_until_its_turn(monkeypatch):
+    meter, used = Host(), []
+    meter.cache_bytes = 1 << 20
+    sets = gpu.measure.inputs(CASE, meter)
+    inputs_bytes = sum(x.nbytes for tensors in sets for x in tensors)
+    assert inputs_bytes >= 2 * meter.cache_bytes
+    monkeypatch.setattr(gpu.measure, "MOST", 250)
+    monkeypatch.setattr(gpu.measure, "SECONDS", 1e9)
+    gpu.measure.summary("forward", meter, lambda i: used.append(i % len(sets)), False)
+    assert len(used) == gpu.measure.WARM_UP + 250
+    assert used == [i % len(sets) for i in range(len(used))]  # on and on, not from the first again
+
+
+def test_gradients_of_earlier_calls_do_not_count_as_input(monkeypatch):
+    sets = gpu.measure.inputs(CASE, Host())
+    monkeypatch.setattr(gpu.measure, "inputs", lambda case, meter: sets)
+    meter, seen = Host(), []
+
+    def peak_bytes(call):
+        seen.extend(x.grad for x in sets[0])
+        return 0
+
+    meter.peak_bytes = peak_bytes
+    gpu.measure.measure(CASE, contender(), meter)
+    assert seen == [None] * 4
+
+
+def test_all_that_is_timed_of_a_graph_is_its_replay(monkeypatch):
+    meter, queued, launched = Host(), [], []
+
+    def replay(i):
+        launched.append(i)
+
+    def times(call, count, is_queued):
+        assert call is replay
+        queued.append(is_queued)
+        return [1.0] * count
+
+    meter.times, meter.replayed = times, lambda call, sets: replay
+    gpu.measure.measure(CASE, contender("graph"), meter)
+    assert set(queued) == {True}
+    assert len(launched) == 2 * gpu.measure.LEAST  # what Python takes
+
+
+def test_launches_that_were_not_counted_show(tmp_path, monkeypatch):
+    text = dry_run(tmp_path, monkeypatch, lambda *x: x[0].sum(), launches=lambda call: None)[2]
+    assert "| ? / ? |" in text and "| ? |" in text and "None / " not in text
