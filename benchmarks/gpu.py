@@ -35,7 +35,7 @@ from . import gpu_report as report
 from .gpu_run import FINISHED, RUNNING, Run, first_line
 
 RESULTS = Path(__file__).parent / "results"
-# Of the time, for the first steps of eight new processes.
+# For the first steps of eight new processes; no more than a quarter of the time that the tests leave.
 FIRST_CALLS_SECONDS = 75
 TESTS = sorted((Path(__file__).parent.parent / "tests").glob("test_gpu*.py"))
 
@@ -70,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     about |= {"dry_run": options.dry_run, "machine": report.machine()}
     run = Run(meter, about, deadline, save)
     try:
-        run.measure(cases, deadline if options.dry_run else deadline - FIRST_CALLS_SECONDS)
+        left = deadline - time.monotonic()
+        run.measure(
+            cases, deadline - (0 if options.dry_run else min(FIRST_CALLS_SECONDS, left / 4))
+        )
         if not options.dry_run:
             run.first_calls()
         if run.result["state"] == RUNNING:
