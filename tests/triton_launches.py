@@ -3,8 +3,8 @@ configuration that configs.py chooses for any size, in every dtype.
 
 The tensors are on the meta device. Between batches, sizes and options vary together: "plain" ones are
 multiples of 16, without ids and without a scale tensor, contiguous; "full" ones are ragged, with both,
-and given scores transposed. sm_80 has full ones only: plain code does less of the same. Left out are
-crossings of these: ids without a scale tensor, one pair among thousands of rows, and the like.
+and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same. Left
+out are crossings of these: ids without a scale tensor, one pair among thousands of rows, and the like.
 """
 
 import contextlib
@@ -64,7 +64,8 @@ def batches() -> list[Batch]:
         for capability, family, dtype, size, full in itertools.product(
             (80, 90), families, DTYPES, SIZES, (False, True)
         )
-        if (family == "dot" or dtype != "tf32") and (full or capability == 90)
+        if (family == "dot" or dtype != "tf32")
+        and (full or (capability == 90 and dtype != "float16"))
     ] + [Batch(90, family, dtype, "one", False) for family, dtype in ONES]
 
 
