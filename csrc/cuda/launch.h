@@ -32,6 +32,9 @@ class Launch {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
+    // The library's own runtime keeps the error of a failed call until someone asks for it. That one has been
+    // raised; the check after the next launch must not raise it again.
+    static_cast<void>(cudaGetLastError());
   }
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }
