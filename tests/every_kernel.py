@@ -35,8 +35,8 @@ def batches(dtypes, shapes):
 
 
 def small():
-    # More than a tile; aligned rows and others.
-    dtypes, shapes = (torch.bfloat16, torch.float16, torch.float32), ((70, 72, 72), (130, 129, 35))
+    # More than a tile; aligned rows, long enough for a cluster that shares D, and others.
+    dtypes, shapes = (torch.bfloat16, torch.float16, torch.float32), ((70, 72, 264), (130, 129, 35))
     for images, captions, image_ids, caption_ids, pairs in batches(dtypes, shapes):
         options = dict(image_ids=image_ids, caption_ids=caption_ids, num_pairs=pairs)
         leaves = [x.requires_grad_() for x in (images, captions)]
