@@ -81,9 +81,11 @@ def test_logsumexp(case, dtype, scale):
 @pytest.mark.parametrize("loss", [all_negatives_loss, hardest_negative_loss, hinge_loss])
 @pytest.mark.parametrize("case", [LARGE, LARGE_WITH_IDS], ids=str)
 def test_gradients_are_those_of_triton(case, loss):
+    # Sums in another order may choose another of two nearly equal negatives; those of integers are exact.
+    make = integer_embeddings if loss is hardest_negative_loss else embeddings
     results = []
     for backend in ("cuda", "triton"):
-        *pair, image_ids, caption_ids = batch_of(case)
+        *pair, image_ids, caption_ids = batch_of(case, make)
         pair = [x.requires_grad_() for x in pair]
         value = loss(
             *pair,
