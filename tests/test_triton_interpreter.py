@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
-NAMES = "cases", "families"
+NAMES = "cases", "families", "rows"
 
 
 @pytest.fixture(scope="module")
