@@ -88,14 +88,15 @@ def check_matrix(name: str, value: object, shape: str = "[rows, D]") -> None:
 
 
 def check_ids(name: str, ids: object, embeddings_name: str, embeddings: Tensor) -> Tensor:
-    expected = f"{name} must hold one integer for each of the {embeddings.shape[0]} rows of {embeddings_name}"
+    # Without the number of rows: torch.compile would make a constant of it, and compile anew for each.
+    expected = f"{name} must hold one integer for each row of {embeddings_name}"
     if not isinstance(ids, Tensor):
         raise TypeError(f"{expected}, got {describe(ids)}; wrap it in torch.tensor()")
     check_dense(expected, ids)
     if ids.dtype not in INTEGER:
         raise TypeError(f"{expected}, got {describe(ids)}; convert it with .long()")
     if ids.shape != (embeddings.shape[0],):
-        raise ValueError(f"{expected}, got {describe(ids)}")
+        raise ValueError(f"{expected}, {embeddings.shape[0]} in all, got {describe(ids)}")
     if ids.device != embeddings.device:
         raise ValueError(
             f"{name} is on {ids.device} but {embeddings_name} is on {embeddings.device}; move one of them"

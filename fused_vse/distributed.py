@@ -34,8 +34,22 @@ def gather_rows(rows: Tensor, group: "distributed.ProcessGroup | None" = None) -
         return rows
     if distributed.get_world_size(group) == 1:
         return rows
-    from torch.distributed.nn.functional import all_gather  # not in every build of torch
+    return _GatherRows.apply(rows.contiguous(), group)
 
-    own = distributed.get_rank(group)
-    ranks = all_gather(rows.contiguous(), distributed.group.WORLD if group is None else group)
-    return torch.cat([*ranks[own:], *ranks[:own]])
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.group, own = group, distributed.get_rank(group)
+        ranks = [torch.empty_like(rows) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(ranks, rows, group)
+        return torch.cat([*ranks[own:], *ranks[:own]])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        own, size = distributed.get_rank(ctx.group), distributed.get_world_size(ctx.group)
+        parts = gradient.contiguous().chunk(size)  # this rank's first
+        result = torch.empty_like(parts[0])
+        of_ranks = [*parts[size - own :], *parts[: size - own]]
+        distributed.reduce_scatter(result, of_ranks, group=ctx.group)
+        return result, None

@@ -39,21 +39,23 @@ def backend_for(
     select(backend, batch.images.device, "loss")
     reason = _unsupported(module, batch, reduction)
     if reason is not None and "dot" not in module.FAMILIES:
-        raise RuntimeError(f"backend={name!r} {reason}; use backend='triton' or 'reference'")
+        shapes = f"{list(batch.images.shape)} and {list(batch.captions.shape)}"
+        raise RuntimeError(
+            f"backend={name!r} {reason}, got {batch.images.dtype} of shapes {shapes} and"
+            f" reduction={reduction!r}; use backend='triton' or 'reference'"
+        )
     return name if reason is None else None
 
 
 def _unsupported(module: ModuleType, batch: Batch, reduction: str) -> str | None:
+    """What the op takes instead. Says no size of the batch, of which torch.compile would make a constant."""
     images, captions = batch.images, batch.captions
     if images.dtype not in module.SMALL_DTYPES:
-        return f"takes float16, bfloat16 and float32 embeddings, got {images.dtype}"
+        return "takes float16, bfloat16 and float32 embeddings"
     if max(images.shape[0], captions.shape[0]) > module.SMALL_ROWS:
-        return (
-            f"takes at most {module.SMALL_ROWS} images and captions,"
-            f" got {images.shape[0]} and {captions.shape[0]}"
-        )
+        return f"takes at most {module.SMALL_ROWS} images and captions"
     if images.shape[1] > module.SMALL_DIM:
-        return f"takes embeddings of at most {module.SMALL_DIM} dimensions, got {images.shape[1]}"
+        return f"takes embeddings of at most {module.SMALL_DIM} dimensions"
     if reduction == "none":
         return "has no reduction='none'"
     return None

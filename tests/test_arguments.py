@@ -54,7 +54,7 @@ EVERYWHERE = [
     (dict(image_ids=IDS.float(), caption_ids=IDS), TypeError, r"image_ids .*float32.*\.long\(\)"),
     (dict(image_ids=IDS.bool(), caption_ids=IDS), TypeError, r"image_ids .*bool"),
     (dict(image_ids=IDS, caption_ids=[0, 1, 2, 3]), TypeError, "caption_ids .*torch.tensor"),
-    (dict(image_ids=IDS[:3], caption_ids=IDS), ValueError, r"image_ids .* 4 rows of images.*\[3\]"),
+    (dict(image_ids=IDS[:3], caption_ids=IDS), ValueError, r"image_ids .* row of images, 4 .*\[3\]"),
     (dict(image_ids=IDS, caption_ids=IDS[None]), ValueError, r"caption_ids .*\[1, 4\]"),
     (dict(image_ids=IDS.to("meta"), caption_ids=IDS), ValueError, "image_ids is on meta"),
     (

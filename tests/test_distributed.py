@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import normalize
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 from fused_vse.distributed import gather_rows
 
-RANKS, B, D = 2, 12, 8
+RANKS, B, D = 3, 8, 8
 LOSSES = {
     "all negatives": all_negatives_loss,
     "hardest": hardest_negative_loss,
@@ -41,6 +42,7 @@ def answers(images, captions, ids, gather=lambda x: x):
 def _rank(rank: int, port: int, queue) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=RANKS)
     own = slice(rank * B, (rank + 1) * B)
     gathered = gather_rows(torch.arange(RANKS * B)[own])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases import CASES, Case, embeddings
 from conftest import assert_close
+from torch._dynamo.testing import CompileCounter
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
@@ -286,6 +287,21 @@ def test_compiles_with_a_tensor_given_twice(loss, loss_backend):
         results.append((x.grad, y.grad))
     for a, b in zip(*results, strict=True):
         assert_close(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("smallest", [40, 600])  # whole losses as one op, and composed ones
+def test_compiles_once_for_batches_of_changing_sizes(smallest, loss, backend):
+    """A queue that fills up: the first size, and from the second on one graph for all."""
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for n in range(smallest, smallest + 40, 8):
+        images, captions = torch.randn(n, 8).requires_grad_(), torch.randn(n + 7, 8)
+        ids = torch.arange(n + 7) // 2
+        compiled(
+            images, captions, image_ids=ids[:n], caption_ids=ids, num_pairs=n - 3, backend=backend
+        ).backward()
+    assert graphs.frame_count <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

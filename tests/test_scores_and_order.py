@@ -322,7 +322,7 @@ def test_bad_arguments():
         (
             {"scores": x, "image_ids": torch.arange(4), "caption_ids": torch.arange(3)},
             ValueError,
-            "caption_ids must hold one integer for each of the 4",
+            "caption_ids must hold one integer for each row of scores.T, 4",
         ),
         ({"scores": x, "normalize": True}, ValueError, "normalize"),
         ({"scores": x, "similarity": "order"}, ValueError, "similarity"),
