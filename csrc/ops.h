@@ -8,9 +8,9 @@
 //            row i iff caption_ids[j] != image_ids[i]
 //   num_pairs  K: row k and column k are a pair for k < K; later rows and columns are never anchors
 //
-// S = I T^t is never stored (but see `scores`). A score s_ij, the results and all sums are in the
-// accumulation type: double for float64, float for everything else. Statistics have two rows: row 0 for
-// image anchors (over the columns j < M), row 1 for caption anchors (over the rows i < N).
+// S = I T^t is never stored as a whole, unless it is small (see `scores`). A score s_ij, the results and
+// all sums are in the accumulation type: double for float64, float for everything else. Statistics have two
+// rows: row 0 for image anchors (over the columns j < M), row 1 for caption anchors (over the rows i < N).
 // If any embedding is NaN or infinite, or so large that a score could overflow, every statistic is NaN,
 // and so are the gradients. Results are bitwise reproducible and do not depend on the number of threads.
 //

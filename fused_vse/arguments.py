@@ -145,8 +145,11 @@ def check_batch(
         check_matrix("scores", scores, "[N, M]")
         sides = ("scores", scores, "scores.T", scores.T)
         return ScoreMatrix(scores, *_check_pairs(image_ids, caption_ids, num_pairs, *sides))
-    if images is None and captions is None:
-        raise TypeError("images and captions are missing: pass both, or scores")
+    missing = [name for name, x in (("images", images), ("captions", captions)) if x is None]
+    if missing:
+        raise TypeError(
+            f"{' and '.join(missing)} are missing: pass both embeddings, or a score matrix as scores="
+        )
     images, captions = check_embeddings(images, captions)
     if captions is images:
         captions = captions.view_as(captions)  # torch.compile takes no tensor twice

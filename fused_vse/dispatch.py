@@ -113,6 +113,6 @@ def _automatic(device: torch.device, family: str) -> str:
         reason = "; ".join(reasons) or f"none takes {device.type} tensors"
         warnings.warn(
             f"no fused backend for {device.type} ({reason}); using plain PyTorch, which stores all of S",
-            stacklevel=4,
+            stacklevel=5,
         )
     return REFERENCE

@@ -1,4 +1,4 @@
-"""The losses: O(K) formulas on the statistics of one pass over S = I Tᵀ, which is never stored.
+"""The losses: O(K) formulas on the statistics of one pass over S = I Tᵀ, of which nothing large is stored.
 
 Notation: p_k = <I_k, T_k> is the score of pair k, s the scores of an anchor's negatives, h the largest
 of them, τ the temperature, m the margin. Formulas 1 and 2 are those of "Contrastive Learning of
@@ -72,8 +72,9 @@ def all_negatives_loss(
             one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m, added to the scores of the negatives.
         image_ids: [N] integers and
-        caption_ids: [M] integers: caption j is a negative of image i iff their ids differ, so that
-            several captions of one image are not counted against it. Default: the row numbers.
+        caption_ids: [M] integers, the ids of the captions' images: caption j is a negative of image i
+            iff their ids differ, so that several captions of one image are not counted against it.
+            Default: the row numbers.
         num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
             queue, another rank's shard) and never anchors. Default: N, and required if N != M.
         direction_weights: factors of the image direction and of the caption direction.
@@ -229,7 +230,7 @@ def _check_options(
     return_statistics: object,
     backend: object,
 ) -> None:
-    """What `takes` looks at, and what nothing else checks."""
+    """What the choice of the backend looks at, and what nothing else checks."""
     arguments.check_choice("reduction", reduction, REDUCTIONS)
     arguments.check_flag("return_statistics", return_statistics)
     check_options(normalize, similarity, backend)

@@ -23,9 +23,10 @@ class _Loss(nn.Module):
 
     def __init__(self, options: dict):
         super().__init__()
-        known = list(inspect.signature(self.function).parameters)[
-            3:
-        ]  # after images, captions and scores
+        of_call = ("images", "captions", "scores")
+        known = [
+            name for name in inspect.signature(self.function).parameters if name not in of_call
+        ]
         for name in options:
             if name not in known:
                 raise TypeError(

@@ -2,7 +2,7 @@
 
 Each statistic is taken per anchor over its negatives, for image anchors (row 0 of a result) and for
 caption anchors (row 1). A loss is O(K) arithmetic on them; autograd through them costs the fused
-backward pass. Gradients follow the source formulas of spec "Contrastive Learning of Visual-Semantic
+backward pass. Gradients follow the formulas of "Contrastive Learning of Visual-Semantic
 Embeddings" (arXiv 2110.08872).
 """
 
@@ -69,8 +69,8 @@ def hardest_negatives(
         scores: [N, M], a score matrix in place of images and captions: it is read once forward, and
             its gradient written once backward.
         image_ids: [N] integers and
-        caption_ids: [M] integers: caption j is a negative of image i iff their ids differ. Default:
-            the row numbers.
+        caption_ids: [M] integers, the ids of the captions' images: caption j is a negative of image i
+            iff their ids differ. Default: the row numbers.
         num_pairs: K. Image k and caption k are a pair for k < K, later rows are extra negatives.
             Default: N, if N = M.
         normalize: divide the rows by their L2 norm first.

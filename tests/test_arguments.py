@@ -21,7 +21,7 @@ ENDLESS = 10**5000  # and too long for Python to print
 
 EVERYWHERE = [
     (dict(images=[[1.0]]), TypeError, "images must be a floating-point tensor.*list"),
-    (dict(captions=None), TypeError, "captions must be"),
+    (dict(captions=None), TypeError, "captions are missing.*scores="),
     (dict(images=I.int()), TypeError, r"images .*int32.*\.float\(\)"),
     (dict(images=I.to(torch.complex64)), TypeError, "images .*complex64"),
     (dict(images=I.to_sparse()), TypeError, r"images .*sparse.*to_dense"),
@@ -29,7 +29,7 @@ EVERYWHERE = [
     (dict(images=NESTED.to_padded_tensor(0)[0].to_mkldnn()), TypeError, "images .*mkldnn"),
     (dict(images=I.to(torch.float8_e4m3fn)), TypeError, r"images .*float8.*\.float\(\)"),
     (dict(images=I.numpy()), TypeError, r"images .*float32 numpy array of shape \[4, 3\]; wrap it"),
-    (dict(images=None, captions=None), TypeError, "images and captions are missing.*or scores"),
+    (dict(images=None, captions=None), TypeError, "images and captions are missing.*scores="),
     (dict(images=I[0]), ValueError, r"images must be .*\[3\]"),
     (dict(captions=T[None]), ValueError, r"captions must be .*\[1, 4, 3\]"),
     (dict(images=I[:0]), ValueError, r"images is empty: shape \[0, 3\]"),
@@ -54,7 +54,11 @@ EVERYWHERE = [
     (dict(image_ids=IDS.float(), caption_ids=IDS), TypeError, r"image_ids .*float32.*\.long\(\)"),
     (dict(image_ids=IDS.bool(), caption_ids=IDS), TypeError, r"image_ids .*bool"),
     (dict(image_ids=IDS, caption_ids=[0, 1, 2, 3]), TypeError, "caption_ids .*torch.tensor"),
-    (dict(image_ids=IDS[:3], caption_ids=IDS), ValueError, r"image_ids .* row of images, 4 .*\[3\]"),
+    (
+        dict(image_ids=IDS[:3], caption_ids=IDS),
+        ValueError,
+        r"image_ids .* row of images, 4 .*\[3\]",
+    ),
     (dict(image_ids=IDS, caption_ids=IDS[None]), ValueError, r"caption_ids .*\[1, 4\]"),
     (dict(image_ids=IDS.to("meta"), caption_ids=IDS), ValueError, "image_ids is on meta"),
     (

@@ -299,7 +299,7 @@ def test_gradients_of_earlier_calls_do_not_count_as_input(monkeypatch):
     assert seen == [None] * 4
 
 
-def test_all_that_is_timed_of_a_graph_is_its_replay(monkeypatch):
+def test_all_that_is_timed_of_a_graph_is_its_replay():
     meter, queued, launched = Host(), [], []
 
     def replay(i):

@@ -108,7 +108,9 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
     size = {"type": positive, "metavar": "N"}
     add("--data", "directory in vsepp's layout (default: scenes of digits)", metavar="DIR")
     add("--loss", "the loss to train with", choices=LOSSES)
-    add("--backend", "of fused_vse", choices=("auto", *backends()))
+    add(
+        "--backend", "what computes the loss: a backend of fused_vse", choices=("auto", *backends())
+    )
     add(
         "--warmup-epochs",
         f"first epochs with all_negatives (default {WARMUP_SHARE} of them, rounded up, for the"
@@ -116,9 +118,19 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
         type=_number(int, 0),
         metavar="N",
     )
-    add("--temperature", "τ", type=_number(float, 0, open_end=True), metavar="T")
+    add(
+        "--temperature",
+        "τ, by which scores are divided",
+        type=_number(float, 0, open_end=True),
+        metavar="T",
+    )
     margins = ", ".join(f"{margin} for {loss}" for loss, margin in DEFAULT_MARGINS.items())
-    add("--margin", f"m (default {margins})", type=_number(float, 0), metavar="M")
+    add(
+        "--margin",
+        f"m, what negatives must stay below their positive (default {margins})",
+        type=_number(float, 0),
+        metavar="M",
+    )
     add("--smooth", "softplus in place of the hinge of hardest_negative", action="store_true")
     add("--epochs", "passes over all captions", **size)
     add("--batch-size", "pairs in a batch", type=_number(int, 2), metavar="N")

@@ -13,7 +13,7 @@ def load(name: str, language: str, remedy: str) -> str | None:
         why = note.read_text().strip() if note.exists() else remedy
         return (
             f"the {language} library was not built: {why} (`pip install --force-reinstall --no-deps"
-            " --no-cache-dir fused_vse`, in a checkout `pip install .`)"
+            " --no-cache-dir fused_vse`; to use a checkout from its own folder, `pip install -e .` there)"
         )
     try:
         torch.ops.load_library(library)

@@ -14,7 +14,6 @@ class ContrastiveLoss(TripletSwitch):
         super().__init__(margin, max_violation)
         self.opt = opt
         self.mask_repeat = option(opt, "mask_repeat")
-        self.false_hard = []
 
     def forward(self, im: Tensor, s: Tensor, img_ids: Tensor | None = None) -> Tensor:
         """The loss of embeddings [B, D] each; `img_ids` [B] are the image of every pair."""
