@@ -17,18 +17,17 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Batch(NamedTuple):
-    """Checked embeddings, ids and number of pairs, as the statistics take them."""
+    """Checked embeddings, ids and number of pairs, as the statistics take them.
+
+    The first field of this and of ScoreMatrix, batch[0], has the device and the dtype of the input.
+    (As a property that all read, torch.compile of torch 2.10 does not follow it.)
+    """
 
     images: Tensor  # [N, D]
     captions: Tensor  # [M, D]
     image_ids: Tensor | None  # [N] int64
     caption_ids: Tensor | None  # [M] int64
     num_pairs: int  # K
-
-    @property
-    def tensor(self) -> Tensor:
-        """Has the device and the dtype of the input."""
-        return self.images
 
 
 class ScoreMatrix(NamedTuple):
@@ -38,11 +37,6 @@ class ScoreMatrix(NamedTuple):
     image_ids: Tensor | None  # [N] int64
     caption_ids: Tensor | None  # [M] int64
     num_pairs: int  # K
-
-    @property
-    def tensor(self) -> Tensor:
-        """Has the device and the dtype of the input."""
-        return self.scores
 
 
 def shorten(value: object) -> str:
@@ -125,7 +119,8 @@ def check_embeddings(
                 f"{one} are {images.dtype} but {other} are {captions.dtype}; convert one of them"
             )
         # Autocast leaves each encoder's output in whatever dtype its last op prefers.
-        dtype = torch.promote_types(images.dtype, captions.dtype)
+        dtypes = {images.dtype, captions.dtype}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         images, captions = images.to(dtype), captions.to(dtype)
     return images, captions
 
@@ -245,16 +240,17 @@ def _check_range(name: str, value: float) -> None:
         )
 
 
-def score_dtype(like: Tensor) -> torch.dtype:
-    """In what the scores and the loss of this input are computed."""
-    return torch.promote_types(like.dtype, torch.float32)
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else: of the scores, the sums and the loss."""
+    # Not torch.promote_types, which torch 2.10 cannot trace in torch.compile.
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> float | Tensor:
     """1 / temperature; a tensor comes back 0-d on `like`'s device, in the dtype of the scores."""
     if not isinstance(temperature, Tensor):
         return 1.0 / temperature
-    temperature = temperature.to(like.device, score_dtype(like))
+    temperature = temperature.to(like.device, accumulation_dtype(like.dtype))
     in_range = (temperature >= MIN_TEMPERATURE) & (temperature <= MAX_TEMPERATURE)
     return torch.where(in_range, temperature, torch.nan).reciprocal()
 
@@ -263,13 +259,13 @@ def check_margin(margin: object, like: Tensor) -> float:
     value = _check_number("margin must be a float", margin)
     if not -_largest(like) <= value <= _largest(like):
         raise ValueError(
-            f"margin must be finite in {score_dtype(like)}, the dtype of the scores; got {value}"
+            f"margin must be finite in {accumulation_dtype(like.dtype)}, the dtype of the scores; got {value}"
         )
     return value
 
 
 def _largest(like: Tensor) -> float:
-    return torch.finfo(score_dtype(like)).max
+    return torch.finfo(accumulation_dtype(like.dtype)).max
 
 
 def check_direction_weights(weights: object, like: Tensor) -> tuple[float, float]:

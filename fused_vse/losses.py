@@ -94,11 +94,11 @@ def all_negatives_loss(
         RuntimeError: the named backend is not available here.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch.tensor.device)
-    margin = arguments.check_margin(margin, batch.tensor)
-    weights = arguments.check_direction_weights(direction_weights, batch.tensor)
+    temperature = check_temperature(temperature, batch[0].device)
+    margin = arguments.check_margin(margin, batch[0])
+    weights = arguments.check_direction_weights(direction_weights, batch[0])
     _check_options(reduction, normalize, similarity, return_statistics, backend)
-    scale = inverse_temperature(temperature, batch.tensor)
+    scale = inverse_temperature(temperature, batch[0])
     if small := backend_for(batch, similarity, reduction, backend):
         loss, hardest = small_loss(
             ALL_NEGATIVES, batch, scale, margin, weights, reduction, normalize, small
@@ -153,12 +153,12 @@ def hardest_negative_loss(
         cost nothing extra here.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch.tensor.device)
-    margin = arguments.check_margin(margin, batch.tensor)
-    weights = arguments.check_direction_weights(direction_weights, batch.tensor)
+    temperature = check_temperature(temperature, batch[0].device)
+    margin = arguments.check_margin(margin, batch[0])
+    weights = arguments.check_direction_weights(direction_weights, batch[0])
     arguments.check_flag("smooth", smooth)
     _check_options(reduction, normalize, similarity, return_statistics, backend)
-    scale = inverse_temperature(temperature, batch.tensor)
+    scale = inverse_temperature(temperature, batch[0])
     if small := backend_for(batch, similarity, reduction, backend):
         kind = HARDEST_SMOOTH if smooth else HARDEST
         loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, normalize, small)
@@ -200,8 +200,8 @@ def hinge_loss(
         cost nothing extra with `hardest=True`.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    margin = arguments.check_margin(margin, batch.tensor)
-    weights = arguments.check_direction_weights(direction_weights, batch.tensor)
+    margin = arguments.check_margin(margin, batch[0])
+    weights = arguments.check_direction_weights(direction_weights, batch[0])
     arguments.check_flag("hardest", hardest)
     _check_options(reduction, normalize, similarity, return_statistics, backend)
     if small := backend_for(batch, similarity, reduction, backend):

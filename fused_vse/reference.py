@@ -17,6 +17,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .arguments import accumulation_dtype
+
 
 def _without_autocast(function):
     @functools.wraps(function)
@@ -29,7 +31,7 @@ def _without_autocast(function):
 
 def _scores(images, captions, image_ids, caption_ids, num_pairs):
     """S [N, M], which entries are negatives [N, M], and the scores of the pairs [K]."""
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = accumulation_dtype(images.dtype)
     if captions is None:
         scores = images.to(dtype)
         seen = torch.ones_like(scores, dtype=torch.bool)
@@ -60,7 +62,7 @@ def order_similarity(images: Tensor, captions: Tensor) -> Tensor:
 
     Where a difference has no positive part, at the kink of the norm, the gradient is 0.
     """
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = accumulation_dtype(images.dtype)
     images, captions = images.to(dtype), captions.to(dtype)
     square = (captions[None] - images[:, None]).relu().square().sum(2) + _poison(images, captions)
     # The infinite derivative of sqrt at 0 would turn a gradient of 0 into NaN.
@@ -134,7 +136,7 @@ def hinge_sum(images, captions, image_ids, caption_ids, num_pairs, margin):
 @_without_autocast
 def l2_normalize(rows: Tensor) -> Tensor:
     """rows / max(‖rows‖₂, 1e-12) [N, D], computed in float32 or float64, in the input's dtype."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
+    dtype = accumulation_dtype(rows.dtype)
     x = rows.to(dtype)
     # The squares of a huge row would overflow, and the row become 0: a power of two takes it near 1.
     huge = 2.0**500 if dtype is torch.float64 else 2.0**50

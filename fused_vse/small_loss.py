@@ -29,7 +29,7 @@ def backend_for(
     Raises:
         RuntimeError: the backend was asked for by name, and is missing or can not do that.
     """
-    name = batch.tensor.device.type if backend == "auto" else backend
+    name = batch[0].device.type if backend == "auto" else backend
     if name not in _BACKENDS or isinstance(batch, ScoreMatrix) or similarity != "dot":
         return None
     module = _BACKENDS[name]

@@ -111,10 +111,10 @@ def negative_logsumexp(
         For the others, the results and the errors raised: see `hardest_negatives`.
     """
     batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch.tensor.device)
+    temperature = check_temperature(temperature, batch[0].device)
     check_options(normalize, similarity, backend)
     batch, backend = prepare(batch, normalize, similarity, backend)
-    scale = inverse_temperature(temperature, batch.tensor)
+    scale = inverse_temperature(temperature, batch[0])
     positive, logsumexp = logsumexp_statistic(batch, scale, backend)
     return NegativeLogsumexp(positive, logsumexp.to(positive.dtype))
 
@@ -133,7 +133,7 @@ def prepare(
 
     The backend stays "auto" where the functions below choose one for each statistic.
     """
-    if batch.tensor.is_meta and backend in (AUTO, REFERENCE):
+    if batch[0].is_meta and backend in (AUTO, REFERENCE):
         name = "scores are" if isinstance(batch, ScoreMatrix) else "images and captions are"
         raise ValueError(
             f"{name} on meta, where tensors hold no data; materialise the model with .to_empty()"
@@ -143,9 +143,9 @@ def prepare(
             raise ValueError(
                 "normalize and similarity do not apply to given scores; leave them out"
             )
-        backend = select(backend, batch.tensor.device, "scores")
+        backend = select(backend, batch[0].device, "scores")
         return batch, backend if backend == REFERENCE else f"{backend}_scores"
-    requested, backend = backend, select(backend, batch.tensor.device, similarity)
+    requested, backend = backend, select(backend, batch[0].device, similarity)
     if normalize:
         batch = batch._replace(
             images=l2_normalize(batch.images, backend),

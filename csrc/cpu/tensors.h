@@ -58,13 +58,12 @@ inline Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0
 
 // out = a b
 inline void matmul_into(Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // out = beta out + alpha a b
 inline void matmul_add(Tensor& out, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
 }
 
 // body(i) for i in [0, n), in parallel on PyTorch's own threads; an iteration must be worth a task.

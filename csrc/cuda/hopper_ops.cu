@@ -32,7 +32,7 @@ Layout layout(const Tensor& x) {
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  check_cuda(cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
 
@@ -49,10 +49,10 @@ auto encoder() {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
 #if CUDART_VERSION >= 12050
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                    cudaEnableDefault, &result));
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                                &result));
 #else
-    STD_CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
 #endif
     STD_TORCH_CHECK(found && result == cudaDriverEntryPointSuccess,
                     "the driver has no cuTensorMapEncodeTiled; it needs to be of CUDA 12.0 or newer");
@@ -115,7 +115,7 @@ class Pass {
     }
     positive = floats({k});
     bounds_ = bytes(sizeof(Bounds));
-    STD_CUDA_CHECK(cudaMemsetAsync(bounds_.data_ptr(), 0, sizeof(Bounds), stream()));
+    check_cuda(cudaMemsetAsync(bounds_.data_ptr(), 0, sizeof(Bounds), stream()));
     with_element(images, [&](auto zero) {
       using Element = decltype(zero);
       // As many blocks as fit on the GPU, each with 8 rows at a time.
@@ -124,7 +124,7 @@ class Pass {
       survey_kernel<<<blocks, ROW_THREADS, 0, stream()>>>(data<Element>(images_), images_.stride(0), n,
                                                           data<Element>(captions_), captions_.stride(0), m, d,
                                                           k, data<float>(positive), bounds());
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      check_launch();
     });
   }
 
@@ -145,11 +145,11 @@ class Pass {
       walk.column_ranges = walk.row_ranges + rectangle.row_tiles();
       id_ranges_kernel<<<tiles, 32, 0, stream()>>>(walk.image_ids, walk.caption_ids, rectangle,
                                                    data<IdRange>(ranges));
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      check_launch();
     }
     with_element(images_, [&](auto zero) {
       const auto kernel = statistics_kernel<decltype(zero), Problem>;
-      STD_CUDA_CHECK(
+      check_cuda(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES<Problem>));
       cudaLaunchAttribute cluster{};
       cluster.id = cudaLaunchAttributeClusterDimension;
@@ -161,8 +161,8 @@ class Pass {
       config.stream = stream();
       config.attrs = &cluster;
       config.numAttrs = 1;
-      STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, tensor_map(images_, TILE_ROWS),
-                                        tensor_map(captions_, SHARE_COLS), walk, problem));
+      check_cuda(cudaLaunchKernelEx(&config, kernel, tensor_map(images_, TILE_ROWS),
+                                    tensor_map(captions_, SHARE_COLS), walk, problem));
     });
   }
 
@@ -179,7 +179,7 @@ class Pass {
       const dim3 grid(blocks_for(std::max<int64_t>(k, piece.rows()), ROW_THREADS), 2);
       merge(grid, Merge{bounds(), d, k, piece, first, data<float>(rows), data<float>(columns),
                         data<float>(positive)});
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
+      check_launch();
       first = false;
     }
   }
@@ -200,8 +200,8 @@ class Pass {
   Tensor with_room(const Tensor& ids, int64_t room) const {
     const Tensor from = torch::stable::contiguous(ids);
     const Tensor to = empty_on(ids, {ids.numel() + room}, ScalarType::Long);
-    STD_CUDA_CHECK(cudaMemcpyAsync(to.data_ptr(), from.data_ptr(), ids.numel() * sizeof(int64_t),
-                                   cudaMemcpyDeviceToDevice, stream()));
+    check_cuda(cudaMemcpyAsync(to.data_ptr(), from.data_ptr(), ids.numel() * sizeof(int64_t),
+                               cudaMemcpyDeviceToDevice, stream()));
     return to;
   }
 
@@ -220,14 +220,14 @@ std::tuple<Tensor, Tensor, Tensor> hopper_hardest_negatives(const Tensor& images
   Pass pass(images, captions, image_ids, caption_ids, num_pairs);
   const int64_t k = num_pairs;
   const Tensor best = pass.bytes(2 * k * sizeof(unsigned long long));
-  STD_CUDA_CHECK(cudaMemsetAsync(best.data_ptr(), 0, best.numel(), pass.stream()));
+  check_cuda(cudaMemsetAsync(best.data_ptr(), 0, best.numel(), pass.stream()));
   const HardestProblem problem{data<unsigned long long>(best), k};
   for (const Rectangle& piece : rectangles(pass.n, pass.m, k, pass.n)) pass.run(piece, problem);
   const Tensor score = pass.floats({2, k}), index = empty_on(images, {2, k}, ScalarType::Long);
   hardest_finish_kernel<<<blocks_for(2 * k, ROW_THREADS), ROW_THREADS, 0, pass.stream()>>>(
       problem.best, pass.bounds(), pass.d, k, data<float>(pass.positive), data<float>(score),
       data<int64_t>(index));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
   return std::make_tuple(pass.positive, score, index);
 }
 

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> l2_normalize(const Tensor& rows) {
     Tensor inverse_norm = empty_on(rows, {n}, ScalarType::Float);
     l2_normalize_kernel<<<unsigned(n), THREADS, 0, launch.stream()>>>(data<T>(x), dim, data<T>(normalized),
                                                                       data<float>(inverse_norm));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     return std::make_tuple(normalized, inverse_norm);
   });
 }
@@ -58,7 +58,7 @@ Tensor l2_normalize_backward(const Tensor& d_normalized, const Tensor& normalize
     Tensor d_rows = empty_on(y, {n, dim}, y.scalar_type());
     l2_normalize_backward_kernel<<<unsigned(n), THREADS, 0, launch.stream()>>>(
         data<T>(dy), data<T>(y), data<float>(inverse_norm), dim, data<T>(d_rows));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     return d_rows;
   });
 }

@@ -25,16 +25,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline void check_cuda(cudaError_t result) {
+  if (result == cudaSuccess) return;
+  // The library's own runtime keeps an error until someone asks for it; the next check must not raise it
+  // again.
+  static_cast<void>(cudaGetLastError());
+  STD_TORCH_CHECK(false, "CUDA error: ", cudaGetErrorString(result));
+}
+
+inline void check_launch() { check_cuda(cudaGetLastError()); }
+
 // Makes the tensor's device the current one for as long as it lives, and knows its current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
-    // The library's own runtime keeps the error of a failed call until someone asks for it. That one has been
-    // raised; the check after the next launch must not raise it again.
-    static_cast<void>(cudaGetLastError());
   }
   int device() const { return device_; }
   cudaStream_t stream() const { return stream_; }

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> scale_gradients(const Tensor& upstream, const
         data<float>(upstream), {data<float>(unit_images), data<T>(images), images.numel()},
         {data<float>(unit_captions), data<T>(captions), captions.numel()},
         {data<float>(d_scale), data<float>(scale), 1});
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     return std::make_tuple(images, captions, scale);
   });
 }

@@ -102,12 +102,11 @@ const Resident& resident_blocks(const Launch& launch) {
   if (const auto found = devices.find(launch.device()); found != devices.end()) return found->second;
   Resident resident{};
   const auto kernel = small_loss_kernel<T>;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))));
   int major = 0, multiprocessors = 0, blocks = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device()));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device()));
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, sizeof(Shared)));
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device()));
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device()));
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, sizeof(Shared)));
   resident[1] = blocks * multiprocessors;
   // Newer GPUs run the code for sm_80, which knows no clusters.
   for (int cluster = 2; major == 9 && cluster <= MAX_CLUSTER; cluster *= 2) {
@@ -116,7 +115,7 @@ const Resident& resident_blocks(const Launch& launch) {
     config.attrs = attributes + 1;  // the query is about clusters, whatever the launch
     config.numAttrs = 1;
     int clusters = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
     resident[cluster] = clusters * cluster;
   }
   return devices[launch.device()] = resident;  // only now: nothing of a call that failed stays
@@ -194,8 +193,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
     };
     cudaLaunchAttribute attributes[2];
     const cudaLaunchConfig_t config = launch_config(launch, plan.grid, cluster, attributes);
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, small_loss_kernel<T>, problem));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_cuda(cudaLaunchKernelEx(&config, small_loss_kernel<T>, problem));
+    check_launch();
     return std::make_tuple(loss, d_images, d_captions, d_scale, positive, hardest, index);
   });
 }

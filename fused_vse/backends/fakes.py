@@ -6,14 +6,11 @@ csrc/ops.h documents the ops themselves.
 import torch
 from torch import Tensor
 
+from ..arguments import accumulation_dtype
+
 # S is kept from the forward to the backward pass when it has at most this many entries: that saves one
 # GEMM of four and stays a fixed workspace (16 MiB in float32). csrc/cpu/tiles.h has the same number.
 MAX_SAVED_SCORES = 1 << 22
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _statistic(images: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,9 @@ With open_clip installed it is a subclass of the original; without, it stands by
 
 import numbers
 
-import torch
 from torch import Tensor, distributed, nn
 
-from ..arguments import check_temperature, describe
+from ..arguments import accumulation_dtype, check_temperature, describe
 from ..distributed import gather_rows
 from ..losses import all_negatives_loss
 from ._checks import check_pairs
@@ -75,7 +74,7 @@ class ClipLoss(_Original):
         own = image_features.shape[0]
         logit_scale = check_temperature(logit_scale, image_features.device, "logit_scale")
         if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
-            logit_scale = logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32))
+            logit_scale = logit_scale.to(accumulation_dtype(logit_scale.dtype))
         if self.world_size > 1:
             if not distributed.is_initialized():
                 raise RuntimeError(

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...arguments import accumulation_dtype
 from . import configs, hardest, hinge, logsumexp, rows
 from .gradients import (
     gain_for,
@@ -18,7 +19,6 @@ from .gradients import (
 from .walk import (
     Rectangle,
     Walk,
-    accumulation,
     plan,
     plan_scores,
     row_blocks,
@@ -146,7 +146,7 @@ def _logsumexp_arguments(walk, logsumexp_, d_logsumexp, scale, scale_tensor) -> 
 
 def _d_scale(walk: Walk, pieces: list[Rectangle], scale_tensor) -> tuple[Tensor, list[dict]]:
     """d_scale / scale by tiles, with the kernel arguments that leave them there; 0 without scale_tensor."""
-    dtype = accumulation(walk.images.dtype)
+    dtype = accumulation_dtype(walk.images.dtype)
     if scale_tensor is None:
         return walk.images.new_zeros((), dtype=dtype), [{"d_scale_ptr": None}] * len(pieces)
     num_tiles = [walk.num_tiles(piece) for piece in pieces]

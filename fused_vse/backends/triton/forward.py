@@ -7,12 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
+from ...arguments import accumulation_dtype
 from ..fakes import MAX_SAVED_SCORES
 from . import certified, configs, hardest, hinge, logsumexp, rows
 from .walk import (
     Survey,
     Walk,
-    accumulation,
     device_of,
     dot_operand,
     matrix_of,
@@ -190,7 +190,7 @@ def _saved_scores(walk: Walk, save_scores: bool) -> Tensor:
     numel = len(walk.images) * len(walk.captions)
     if not save_scores or numel > MAX_SAVED_SCORES:
         numel = 0
-    return walk.images.new_empty(numel, dtype=accumulation(walk.images.dtype))
+    return walk.images.new_empty(numel, dtype=accumulation_dtype(walk.images.dtype))
 
 
 def _forward(kernel, merge, walk: Walk, seen: Survey, scores: Tensor | None, **arguments) -> None:
@@ -199,7 +199,7 @@ def _forward(kernel, merge, walk: Walk, seen: Survey, scores: Tensor | None, **a
     `scores` is S where it is given; else where to leave it, unless that is empty or None. The partial
     results of the columns carry over from one rectangle to the next in slot 0.
     """
-    dtype = accumulation(walk.images.dtype)
+    dtype = accumulation_dtype(walk.images.dtype)
     planes = 3 if arguments.get("RUNNER_UP") else 2
     bytes_per_row = _partial_bytes(walk, planes)
     at_hand = matrix_of(walk, scores)
@@ -234,7 +234,7 @@ def _partial_bytes(walk: Walk, planes: int) -> int:
     """Memory for partial results that each row of a rectangle takes."""
     row_slots = triton.cdiv(len(walk.captions), walk.tiles.block_n)
     column_slots = triton.cdiv(walk.num_pairs, walk.tiles.block_m)
-    return planes * accumulation(walk.images.dtype).itemsize * (row_slots + column_slots)
+    return planes * accumulation_dtype(walk.images.dtype).itemsize * (row_slots + column_slots)
 
 
 def _merge(kernel, walk: Walk, seen: Survey, num_columns: int, **arguments) -> None:
@@ -252,7 +252,7 @@ def l2_normalize(embeddings):
     embeddings = unit_stride(embeddings)
     num_rows, num_dimensions = embeddings.shape
     normalized = embeddings.new_empty(embeddings.shape)
-    inverse_norm = embeddings.new_empty(num_rows, dtype=accumulation(embeddings.dtype))
+    inverse_norm = embeddings.new_empty(num_rows, dtype=accumulation_dtype(embeddings.dtype))
     blocks = row_blocks(num_dimensions)
     rows.l2_normalize_kernel[(triton.cdiv(num_rows, blocks["BLOCK_R"]),)](
         embeddings, normalized, inverse_norm, embeddings.stride(0), num_rows, num_dimensions,

@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ...arguments import accumulation_dtype
 from . import configs, order
 from .walk import (
     Rectangle,
     Walk,
-    accumulation,
     matrix_of,
     multiply,
     piece_scores,
@@ -41,7 +41,7 @@ def needs_gain(walk: Walk) -> bool:
 def _gradient_dtype(walk: Walk) -> torch.dtype:
     """That of the matrix products to follow; the weights over distances of `order` may be of any size."""
     dtype = walk.images.dtype
-    return accumulation(dtype) if walk.family == "order" else dtype
+    return accumulation_dtype(dtype) if walk.family == "order" else dtype
 
 
 def gradient_pieces(walk: Walk, scores: Tensor | None = None) -> list[Rectangle]:
@@ -114,7 +114,7 @@ def sums(
     images, captions = walk.images, walk.captions
     d_images = images.new_empty(images.shape if need_images else 0)
     d_captions = captions.new_empty(captions.shape if need_captions else 0)
-    wide = accumulation(images.dtype)
+    wide = accumulation_dtype(images.dtype)
     total = d_captions
     if need_captions and (len(pieces) > 1 or gain is not None) and d_captions.dtype != wide:
         total = torch.empty_like(d_captions, dtype=wide)
@@ -143,7 +143,7 @@ def sums(
 
 def _order_sums(side, weights, own, others, total, accumulate: bool = False) -> None:
     """total [own rows, D] = or, if `accumulate`, += what `others` pull at `own`, weighted."""
-    dtype = accumulation(own.dtype)
+    dtype = accumulation_dtype(own.dtype)
     blocks = configs.ORDER_SUMS_FLOAT64 if dtype == torch.float64 else configs.ORDER_SUMS
     num_rows, num_dimensions = own.shape
     grid = triton.cdiv(num_rows, blocks["BLOCK_R"]), triton.cdiv(num_dimensions, blocks["BLOCK_D"])

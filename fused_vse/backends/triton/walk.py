@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...arguments import accumulation_dtype
 from . import configs, rows
 from .tiles import INTERPRETED
 
@@ -36,12 +37,8 @@ def workspace_bytes() -> int:
     return _workspace_bytes
 
 
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def triton_accumulation(dtype: torch.dtype):
-    return _TRITON_DTYPE[accumulation(dtype)]
+    return _TRITON_DTYPE[accumulation_dtype(dtype)]
 
 
 @functools.cache
@@ -237,7 +234,7 @@ def order_operand(embeddings: Tensor, tiles: configs.Tiles, block: int) -> Tenso
     num_rows, num_dimensions = embeddings.shape
     height = triton.cdiv(num_dimensions, tiles.block_k) * tiles.block_k
     width = triton.cdiv(num_rows + block, 16) * 16
-    transposed = embeddings.new_zeros((height, width), dtype=accumulation(embeddings.dtype))
+    transposed = embeddings.new_zeros((height, width), dtype=accumulation_dtype(embeddings.dtype))
     transposed[:num_dimensions, :num_rows] = embeddings.t()
     return transposed
 
@@ -252,7 +249,7 @@ class Survey(NamedTuple):
 
 def survey(walk: Walk) -> Survey:
     images, captions = walk.images, walk.captions
-    dtype = accumulation(images.dtype)
+    dtype = accumulation_dtype(images.dtype)
     positive = images.new_empty(walk.num_pairs, dtype=dtype)
     bits = torch.int64 if dtype == torch.float64 else torch.int32
     programs = rows.SURVEY_PROGRAMS.value
