@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_flag, check_temperature
+from .arguments import accumulation_dtype, check_flag, check_temperature
 from .losses import all_negatives_loss, hardest_negative_loss, hinge_loss
 
 # A learnable temperature is kept within these bounds, as CLIP keeps its logit scale below 100: below,
@@ -72,7 +72,8 @@ class _LossWithTemperature(_Loss):
         """The temperature in use: a float, or a 0-d tensor if it is learnable."""
         if self.fixed_temperature is not None:
             return self.fixed_temperature
-        return self.log_temperature.exp()
+        # Of a model in 16 bits the parameter is rounded; its exponential need not be.
+        return self.log_temperature.to(accumulation_dtype(self.log_temperature.dtype)).exp()
 
     def forward(self, images: Tensor | None = None, captions: Tensor | None = None, **batch):
         """The functional loss; `batch` is what changes in every call: ids, `num_pairs`, `scores`."""

@@ -70,6 +70,16 @@ def test_a_forward_leaves_the_graphs_of_earlier_ones_alone():
 
 
 @pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_temperature_of_a_module_in_another_dtype(dtype):
+    module = AllNegativesLoss(temperature=0.07, learnable_temperature=True).to(dtype)
+    assert module.temperature.dtype == torch.promote_types(dtype, torch.float32)
+    exact = module.log_temperature.double().exp().item()
+    assert module.temperature.item() == pytest.approx(exact, rel=1e-6)
+    module(torch.eye(3, dtype=dtype), torch.eye(3, dtype=dtype)).backward()
+    assert module.log_temperature.grad.dtype == dtype
+
+
 def test_two_compiled_forwards_before_one_backward():
     torch.compiler.reset()
     module = AllNegativesLoss(learnable_temperature=True)
