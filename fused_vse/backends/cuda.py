@@ -44,24 +44,28 @@ def is_measured_ahead(op: str, images: torch.Tensor, captions: torch.Tensor) -> 
     """Whether "auto" is to take this backend's `op` for these embeddings."""
     if not MEASURED or images.device.type != DEVICE:
         return False
-    capability = _capability(images.device)
-    for bucket in MEASURED:
-        if (op, images.dtype, capability) == (bucket.op, bucket.dtype, bucket.capability):
-            (fewest, most), (least, largest) = bucket.rows, bucket.dims
-            in_range = (
-                fewest <= images.shape[0] <= most
-                and fewest <= captions.shape[0] <= most
-                and least <= images.shape[1] <= largest
-            )
-            if in_range:
-                return True
+    for (fewest, most), (least, largest) in _sizes(op, images.dtype, images.device):
+        in_range = (
+            fewest <= images.shape[0] <= most
+            and fewest <= captions.shape[0] <= most
+            and least <= images.shape[1] <= largest
+        )
+        if in_range:
+            return True
     return False
 
 
 @torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Of this GPU, which need not be the only one; None if the backend is not available."""
-    return None if _unavailable() else torch.cuda.get_device_capability(device)
+def _sizes(op: str, dtype: torch.dtype, device: torch.device) -> list[tuple]:
+    """(rows, dims) of the buckets for this GPU, which need not be the only one."""
+    if _unavailable():
+        return []
+    which = op, dtype, torch.cuda.get_device_capability(device)
+    return [
+        (bucket.rows, bucket.dims)
+        for bucket in MEASURED
+        if (bucket.op, bucket.dtype, bucket.capability) == which
+    ]
 
 
 def is_ahead_in_small_losses(images: torch.Tensor, captions: torch.Tensor) -> bool:
