@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """Checked embeddings, ids and number of pairs, as the statistics take them.
 
     The first field of this and of ScoreMatrix, batch[0], has the device and the dtype of the input.
-    (As a property that all read, torch.compile of torch 2.10 does not follow it.)
+    (No property, since torch.compile of torch 2.10 does not follow one of a NamedTuple.)
     """
 
     images: Tensor  # [N, D]
@@ -98,10 +98,10 @@ def check_ids(name: str, ids: object, embeddings_name: str, embeddings: Tensor) 
     return ids.long()
 
 
-def check_embeddings(
+def check_comparable(
     images: object, captions: object, names: tuple[str, str] = ("images", "captions")
-) -> tuple[Tensor, Tensor]:
-    """Returns both in one dtype; `names` are those by which the caller's user knows them."""
+) -> None:
+    """Raises unless both are embeddings of one space; `names` are those that the caller's user knows."""
     check_matrix(names[0], images)
     check_matrix(names[1], captions)
     one, other = names
@@ -113,10 +113,17 @@ def check_embeddings(
         raise ValueError(
             f"{one} are on {images.device} but {other} are on {captions.device}; move one of them"
         )
+
+
+def check_embeddings(
+    images: object, captions: object, names: tuple[str, str] = ("images", "captions")
+) -> tuple[Tensor, Tensor]:
+    """`check_comparable`; returns both in one dtype."""
+    check_comparable(images, captions, names)
     if images.dtype != captions.dtype:
         if not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
-                f"{one} are {images.dtype} but {other} are {captions.dtype}; convert one of them"
+                f"{names[0]} are {images.dtype} but {names[1]} are {captions.dtype}; convert one of them"
             )
         # Autocast leaves each encoder's output in whatever dtype its last op prefers.
         dtypes = {images.dtype, captions.dtype}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import check_flag, check_ids, check_matrix, shorten
+from .arguments import check_comparable, check_flag, check_ids, shorten
 
 # A tile of S is 2048 x 4096 float64 scores, 64 MiB: large enough for the GEMM's full speed.
 IMAGE_BLOCK = 2048
@@ -149,16 +149,7 @@ def _ranking(ranks: Tensor, ks: tuple[int, ...]) -> Ranking:
 
 
 def _check_embeddings(images: object, captions: object) -> None:
-    check_matrix("images", images)
-    check_matrix("captions", captions)
-    if images.shape[1] != captions.shape[1]:
-        raise ValueError(
-            f"images and captions must share D, got {list(images.shape)} and {list(captions.shape)}"
-        )
-    if images.device != captions.device:
-        raise ValueError(
-            f"images are on {images.device} but captions are on {captions.device}; move one of them"
-        )
+    check_comparable(images, captions)
     if images.is_meta:
         raise ValueError("images and captions are on meta, where tensors hold no data")
 
