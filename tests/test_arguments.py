@@ -304,8 +304,9 @@ def test_backends_and_requests_for_missing_ones(monkeypatch):
         RuntimeError, match="backend='cpu' is not available: it was not built; build it"
     ):
         all_negatives_loss(I, T, backend="cpu")
-    with pytest.warns(UserWarning, match="no fused backend for cpu .*stores all of S"):
+    with pytest.warns(UserWarning, match="no fused backend for cpu .*stores all of S") as record:
         fallback = all_negatives_loss(I, T)
+    assert record[0].filename == __file__  # the line that has to change
     assert torch.equal(fallback, all_negatives_loss(I, T, backend="reference"))
 
 

@@ -69,7 +69,6 @@ def test_a_forward_leaves_the_graphs_of_earlier_ones_alone():
     assert torch.allclose(module.log_temperature.grad, expected)
 
 
-@pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_temperature_of_a_module_in_another_dtype(dtype):
     module = AllNegativesLoss(temperature=0.07, learnable_temperature=True).to(dtype)
@@ -80,6 +79,7 @@ def test_temperature_of_a_module_in_another_dtype(dtype):
     assert module.log_temperature.grad.dtype == dtype
 
 
+@pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
 def test_two_compiled_forwards_before_one_backward():
     torch.compiler.reset()
     module = AllNegativesLoss(learnable_temperature=True)
