@@ -10,17 +10,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from . import anchor_losses, arguments
-from .arguments import Batch, ScoreMatrix, check_batch, check_temperature, inverse_temperature
-from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, backend_for, small_loss
+from . import arguments
+from .arguments import check_batch, check_temperature, inverse_temperature
+from .dispatch import REFERENCE, choose
+from .ops import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, Batch
+from .small_loss import small_loss
 from .statistics import (
     HardestNegatives,
-    check_options,
     hardest_statistic,
     hinge_statistic,
     logsumexp_statistic,
-    prepare,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -82,7 +83,7 @@ def all_negatives_loss(
         normalize: divide the rows by their L2 norm first.
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
-        return_statistics: also return `LossStatistics` (one more pass over S).
+        return_statistics: also return `LossStatistics`, which may take one more pass over S.
         backend: "auto", or a name listed by `fused_vse.backends()`.
 
     Returns:
@@ -93,24 +94,12 @@ def all_negatives_loss(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         RuntimeError: the named backend is not available here.
     """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch[0].device)
-    margin = arguments.check_margin(margin, batch[0])
-    weights = arguments.check_direction_weights(direction_weights, batch[0])
-    _check_options(reduction, normalize, similarity, return_statistics, backend)
-    scale = inverse_temperature(temperature, batch[0])
-    if small := backend_for(batch, similarity, reduction, backend):
-        loss, hardest = small_loss(
-            ALL_NEGATIVES, batch, scale, margin, weights, reduction, normalize, small
-        )
-        return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
-    batch, backend = prepare(batch, normalize, similarity, backend)
-
-    statistic = logsumexp_statistic(batch, scale, backend)
-    loss = _reduce(
-        anchor_losses.all_negatives(statistic, scale, margin, backend), weights, reduction
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     )
-    return (loss, _statistics(batch, margin, backend)) if return_statistics else loss
+    return _loss(
+        ALL_NEGATIVES, batch, temperature, margin, direction_weights, reduction, return_statistics, backend
+    )
 
 
 def hardest_negative_loss(
@@ -152,23 +141,13 @@ def hardest_negative_loss(
         For the others, the results and the errors raised: see `all_negatives_loss`. The statistics
         cost nothing extra here.
     """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch[0].device)
-    margin = arguments.check_margin(margin, batch[0])
-    weights = arguments.check_direction_weights(direction_weights, batch[0])
-    arguments.check_flag("smooth", smooth)
-    _check_options(reduction, normalize, similarity, return_statistics, backend)
-    scale = inverse_temperature(temperature, batch[0])
-    if small := backend_for(batch, similarity, reduction, backend):
-        kind = HARDEST_SMOOTH if smooth else HARDEST
-        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, normalize, small)
-        return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
-    batch, backend = prepare(batch, normalize, similarity, backend)
-
-    hardest = hardest_statistic(batch, backend)
-    loss = anchor_losses.hardest_negative(hardest, scale, margin, smooth, backend)
-    loss = _reduce(loss, weights, reduction)
-    return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    )
+    kind = HARDEST_SMOOTH if arguments.check_flag("smooth", smooth) else HARDEST
+    return _loss(
+        kind, batch, temperature, margin, direction_weights, reduction, return_statistics, backend
+    )
 
 
 def hinge_loss(
@@ -199,41 +178,84 @@ def hinge_loss(
         For the others, the results and the errors raised: see `all_negatives_loss`. The statistics
         cost nothing extra with `hardest=True`.
     """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    margin = arguments.check_margin(margin, batch[0])
-    weights = arguments.check_direction_weights(direction_weights, batch[0])
-    arguments.check_flag("hardest", hardest)
-    _check_options(reduction, normalize, similarity, return_statistics, backend)
-    if small := backend_for(batch, similarity, reduction, backend):
-        kind = HARDEST if hardest else HINGE_SUM
-        loss, negatives = small_loss(kind, batch, 1.0, margin, weights, reduction, normalize, small)
-        return (loss, _detached_statistics(negatives, margin)) if return_statistics else loss
-    batch, backend = prepare(batch, normalize, similarity, backend)
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    )
+    kind = HARDEST if arguments.check_flag("hardest", hardest) else HINGE_SUM
+    return _loss(
+        kind, batch, 1.0, margin, direction_weights, reduction, return_statistics, backend
+    )
 
-    if hardest:
-        negatives = hardest_statistic(batch, backend)
-        loss = anchor_losses.hardest_negative(negatives, 1.0, margin, False, backend)
+
+def _loss(
+    kind: int,
+    batch: Batch,
+    temperature: float | Tensor,
+    margin: float,
+    direction_weights: tuple[float, float],
+    reduction: str,
+    return_statistics: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, LossStatistics]:
+    """Every loss: checks, one statistic or one op for the whole, the formula of its kind, the reduction."""
+    temperature = check_temperature(temperature, batch.images.device)
+    margin = arguments.check_margin(margin, batch.images)
+    weights = arguments.check_direction_weights(direction_weights, batch.images)
+    arguments.check_choice("reduction", reduction, REDUCTIONS)
+    return_statistics = arguments.check_flag("return_statistics", return_statistics)
+    arguments.check_string("backend must be 'auto' or a name listed by fused_vse.backends()", backend)
+    scale = inverse_temperature(temperature, batch.images)
+
+    small = REFERENCE if reduction == "none" else choose(backend, "small_loss", batch)
+    if small != REFERENCE:
+        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, small)
     else:
-        _, loss, _ = hinge_statistic(batch, margin, backend)
-    loss = _reduce(loss, weights, reduction)
+        loss, hardest = _FORMULAS[kind](batch, scale, margin, backend)
+        loss = _reduce(loss, weights, reduction)
     if not return_statistics:
         return loss
-    if hardest:
-        return loss, _detached_statistics(negatives, margin)
-    return loss, _statistics(batch, margin, backend)
+    if hardest is None:
+        with torch.no_grad():
+            hardest = hardest_statistic(batch, backend)
+    return loss, _loss_statistics(hardest, margin)
 
 
-def _check_options(
-    reduction: object,
-    normalize: object,
-    similarity: object,
-    return_statistics: object,
-    backend: object,
-) -> None:
-    """What the choice of the backend looks at, and what nothing else checks."""
-    arguments.check_choice("reduction", reduction, REDUCTIONS)
-    arguments.check_flag("return_statistics", return_statistics)
-    check_options(normalize, similarity, backend)
+# The losses of single anchors [2, K], in the scores' dtype; and the hardest negatives if the formula has them.
+# An anchor without negatives contributes 0 and receives no gradient: what would be 0 * inf is left out.
+
+
+def _all_negatives(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """-log(e^αp / (e^αp + e^(lse + αm))) = softplus(lse + α(m - p)), whose terms nearly cancel."""
+    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend)
+    difference = scale * (positive - reference - margin) - log_sum
+    return -logsigmoid(difference).to(positive.dtype), None
+
+
+def _hardest(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """α [m + h - p]₊"""
+    hardest = hardest_statistic(batch, backend)
+    return scale * (hardest.scores - hardest.positive_scores + margin).relu(), hardest
+
+
+def _hardest_smooth(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """softplus(α (m + h - p))"""
+    hardest = hardest_statistic(batch, backend)
+    alone = hardest.scores == -torch.inf  # not by the index, which a NaN score lacks, too
+    violation = torch.where(alone, 0, hardest.scores - hardest.positive_scores + margin)
+    return torch.where(alone, 0, -logsigmoid(-scale * violation)), hardest
+
+
+def _hinge_sum(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """Σ [m + s - p]₊"""
+    return hinge_statistic(batch, margin, backend)[1], None
+
+
+_FORMULAS = {
+    ALL_NEGATIVES: _all_negatives,
+    HARDEST: _hardest,
+    HARDEST_SMOOTH: _hardest_smooth,
+    HINGE_SUM: _hinge_sum,
+}
 
 
 def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:
@@ -246,12 +268,7 @@ def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tenso
     return total / loss.shape[1] if reduction == "mean" else total
 
 
-def _statistics(batch: Batch | ScoreMatrix, margin: float, backend: str) -> LossStatistics:
-    with torch.no_grad():
-        return _detached_statistics(hardest_statistic(batch, backend), margin)
-
-
-def _detached_statistics(hardest: HardestNegatives, margin: float) -> LossStatistics:
+def _loss_statistics(hardest: HardestNegatives, margin: float) -> LossStatistics:
     positive, scores, indices = (tensor.detach() for tensor in hardest)
     return LossStatistics(
         positive_scores=positive,
