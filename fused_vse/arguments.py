@@ -122,7 +122,15 @@ def check_batch(
     similarity: object,
     normalize: object,
 ) -> Batch:
-    """Returns the checked batch of one process, normalised if asked to; raises TypeError or ValueError naming the argument."""
+    """Returns the checked batch of one process, normalised if asked to.
+
+    Raises:
+        TypeError, ValueError: names the offending argument.
+    """
+    if similarity == "cosine":
+        raise ValueError(
+            "similarity must be one of 'dot', 'order'; got 'cosine', which is 'dot' with normalize=True"
+        )
     check_choice("similarity", similarity, tuple(SIMILARITIES))
     normalize = check_flag("normalize", normalize)
     if scores is not None:

@@ -5,6 +5,7 @@ A backend is a module of `fused_vse.backends` with
     unavailable(): why it cannot be used here and the remedy, or None;
     takes(op, batch): why it cannot compute this op of this batch, or None if it can;
     prefers(op, batch): whether "auto" is to take it, if it can;
+    STATUS: optional, what `backends` says in place of "available";
 and its ops under `torch.ops.fused_vse_<name>`, which ops.py documents. The reference is plain PyTorch,
 takes any device and needs no ops.
 """
@@ -27,8 +28,11 @@ _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 def backends() -> dict[str, str]:
     """Every backend's name with "available", or the reason why it is not and the remedy."""
-    reasons = {name: module.unavailable() for name, module in _BACKENDS.items()}
-    return {REFERENCE: "available"} | {name: r or "available" for name, r in reasons.items()}
+    fused = {
+        name: module.unavailable() or getattr(module, "STATUS", "available")
+        for name, module in _BACKENDS.items()
+    }
+    return {REFERENCE: "available", **fused}
 
 
 def choose(requested: str, op: str, batch: Batch) -> str:
@@ -40,15 +44,21 @@ def choose(requested: str, op: str, batch: Batch) -> str:
     Raises:
         ValueError: the name is unknown, the backend does not take tensors of this device, or they hold no
             data.
-        RuntimeError: the backend was asked for by name and is not available here, or does not take the batch.
+        RuntimeError: the backend was asked for by name and is not available here, or does not take the batch;
+            or a transform of torch.func is active.
     """
     check_choice("backend", requested, (AUTO, REFERENCE, *_BACKENDS))
     device, optional = batch.images.device, op == "small_loss"
-    if requested == AUTO:
-        return _automatic(op, batch, optional)
     if requested == REFERENCE:
         _check_data(batch)
         return REFERENCE
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"backend={requested!r} does not work inside torch.func and torch.vmap, which cannot"
+            " transform its kernels; use torch.autograd.grad, or backend='reference' inside"
+        )
+    if requested == AUTO:
+        return _automatic(op, batch, optional)
     module = _BACKENDS[requested]
     reason = module.unavailable()
     if reason is not None:
@@ -63,7 +73,7 @@ def choose(requested: str, op: str, batch: Batch) -> str:
         others = [
             repr(name)
             for name, other in _BACKENDS.items()
-            if other.DEVICE == module.DEVICE and other.takes(op, batch) is None
+            if other.DEVICE == module.DEVICE and not (other.unavailable() or other.takes(op, batch))
         ]
         raise RuntimeError(
             f"backend={requested!r} {reason}; use backend={' or '.join([*others, repr(REFERENCE)])}"

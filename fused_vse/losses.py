@@ -65,25 +65,28 @@ def all_negatives_loss(
     which is twice CLIP's loss; `direction_weights=(0.5, 0.5)` gives CLIP's.
 
     Args:
-        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
+            unnormalised ones the scores, and the loss, grow as large as they).
         captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
         scores: [N, M], a score matrix in place of images and captions, for models that compute one
-            (cross-attention): it is read once forward, and its gradient written once backward.
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
         temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
             one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m, added to the scores of the negatives.
         image_ids: [N] integers and
-        caption_ids: [M] integers, the ids of the captions' images: caption j is a negative of image i
-            iff their ids differ, so that several captions of one image are not counted against it.
-            Default: the row numbers.
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
         num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
             queue, another rank's shard) and never anchors. Default: N, and required if N != M.
         direction_weights: factors of the image direction and of the caption direction.
         reduction: "mean" over the K pairs, "sum", or "none" for [2, K].
-        normalize: divide the rows by their L2 norm first.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
-        return_statistics: also return `LossStatistics`, which may take one more pass over S.
+        return_statistics: also return `LossStatistics`, for which batches beyond the small ones
+            take one more pass over S.
         backend: "auto", or a name listed by `fused_vse.backends()`.
 
     Returns:
@@ -92,13 +95,20 @@ def all_negatives_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
     batch = check_batch(
         images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     )
     return _loss(
-        ALL_NEGATIVES, batch, temperature, margin, direction_weights, reduction, return_statistics, backend
+        ALL_NEGATIVES,
+        batch,
+        temperature,
+        margin,
+        direction_weights,
+        reduction,
+        return_statistics,
+        backend,
     )
 
 
@@ -135,11 +145,38 @@ def hardest_negative_loss(
     `all_negatives_loss`.
 
     Args:
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
+            unnormalised ones the scores, and the loss, grow as large as they).
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
+        temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
+            one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m.
         smooth: softplus((m + h - p) / τ), the cross-entropy over {positive, hardest negative},
             instead of the hinge.
-        For the others, the results and the errors raised: see `all_negatives_loss`. The statistics
-        cost nothing extra here.
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        direction_weights: factors of the image direction and of the caption direction.
+        reduction: "mean" over the K pairs, "sum", or "none" for [2, K].
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        return_statistics: also return `LossStatistics`, which costs nothing extra here.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
+
+    Returns:
+        The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
+        negatives contributes 0. Any NaN or infinity in the input makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
     batch = check_batch(
         images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
@@ -173,18 +210,41 @@ def hinge_loss(
     by default, over the pairs. At a hinge's kink the gradient is 0.
 
     Args:
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
+            unnormalised ones the scores, and the loss, grow as large as they).
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
         margin: m.
         hardest: only the hardest negative counts.
-        For the others, the results and the errors raised: see `all_negatives_loss`. The statistics
-        cost nothing extra with `hardest=True`.
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        direction_weights: factors of the image direction and of the caption direction.
+        reduction: "mean" over the K pairs, "sum", or "none" for [2, K].
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        return_statistics: also return `LossStatistics`, which costs nothing extra with `hardest=True`.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
+
+    Returns:
+        The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
+        negatives contributes 0. Any NaN or infinity in the input makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
     batch = check_batch(
         images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     )
     kind = HARDEST if arguments.check_flag("hardest", hardest) else HINGE_SUM
-    return _loss(
-        kind, batch, 1.0, margin, direction_weights, reduction, return_statistics, backend
-    )
+    return _loss(kind, batch, 1.0, margin, direction_weights, reduction, return_statistics, backend)
 
 
 def _loss(
@@ -203,7 +263,9 @@ def _loss(
     weights = arguments.check_direction_weights(direction_weights, batch.images)
     arguments.check_choice("reduction", reduction, REDUCTIONS)
     return_statistics = arguments.check_flag("return_statistics", return_statistics)
-    arguments.check_string("backend must be 'auto' or a name listed by fused_vse.backends()", backend)
+    arguments.check_string(
+        "backend must be 'auto' or a name listed by fused_vse.backends()", backend
+    )
     scale = inverse_temperature(temperature, batch.images)
 
     small = REFERENCE if reduction == "none" else choose(backend, "small_loss", batch)
@@ -220,7 +282,7 @@ def _loss(
     return loss, _loss_statistics(hardest, margin)
 
 
-# The losses of single anchors [2, K], in the scores' dtype; and the hardest negatives if the formula has them.
+# The losses of single anchors [2, K], in the scores' dtype, and the hardest negatives if they are at hand.
 # An anchor without negatives contributes 0 and receives no gradient: what would be 0 * inf is left out.
 
 

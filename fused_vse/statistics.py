@@ -54,26 +54,29 @@ def hardest_negatives(
     Ties go to the smallest index, which alone receives the gradient.
 
     Args:
-        images: [N, D] floating point. Used as they are: normalise them, or pass `normalize`.
-        captions: [M, D], same dtype and device.
-        scores: [N, M], a score matrix in place of images and captions: it is read once forward, and
-            its gradient written once backward.
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the statistics NaN: give both the same id instead.
         image_ids: [N] integers and
-        caption_ids: [M] integers, the ids of the captions' images: caption j is a negative of image i
-            iff their ids differ. Default: the row numbers.
-        num_pairs: K. Image k and caption k are a pair for k < K, later rows are extra negatives.
-            Default: N, if N = M.
-        normalize: divide the rows by their L2 norm first.
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
         backend: "auto", or a name listed by `fused_vse.backends()`.
 
     Returns:
-        Scores in float32 (float64 for float64 input). Differentiable with respect to both embeddings.
+        Scores in float32 (float64 for float64 input), differentiable with respect to the embeddings. Any NaN
+        or infinity in the input makes the statistic of every anchor NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
     batch = check_batch(
         images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
@@ -97,8 +100,32 @@ def negative_logsumexp(
     """log Σ exp(s / temperature) over the negatives of every anchor, in both directions.
 
     Args:
-        temperature: from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires one.
-        For the others, the results and the errors raised: see `hardest_negatives`.
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the statistics NaN: give both the same id instead.
+        temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
+            one. One on a GPU or under torch.compile is not looked at: out of range makes the result NaN.
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
+
+    Returns:
+        Scores in float32 (float64 for float64 input), differentiable with respect to the embeddings
+        and the temperature. Any NaN
+        or infinity in the input makes the statistic of every anchor NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
     batch = check_batch(
         images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize

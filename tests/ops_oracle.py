@@ -15,7 +15,18 @@ class Scores(NamedTuple):
 
 
 def scores_of(batch, ceiling: Tensor | None = None) -> Scores:
-    images, captions, image_ids, caption_ids, r, c, pair_row, pair_column, pair_count, similarity = batch
+    (
+        images,
+        captions,
+        image_ids,
+        caption_ids,
+        r,
+        c,
+        pair_row,
+        pair_column,
+        pair_count,
+        similarity,
+    ) = batch
     if captions is None:
         s = images.double()
     elif similarity == 0:
