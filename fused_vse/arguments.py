@@ -127,7 +127,7 @@ def check_batch(
     Raises:
         TypeError, ValueError: names the offending argument.
     """
-    if similarity == "cosine":
+    if isinstance(similarity, str) and similarity == "cosine":
         raise ValueError(
             "similarity must be one of 'dot', 'order'; got 'cosine', which is 'dot' with normalize=True"
         )

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from .arguments import check_choice
+from .arguments import check_choice, check_string
 from .backends import cpu, cuda, triton
 from .ops import Batch
 
@@ -47,6 +47,7 @@ def choose(requested: str, op: str, batch: Batch) -> str:
         RuntimeError: the backend was asked for by name and is not available here, or does not take the batch;
             or a transform of torch.func is active.
     """
+    check_string("backend must be 'auto' or a name listed by fused_vse.backends()", requested)
     check_choice("backend", requested, (AUTO, REFERENCE, *_BACKENDS))
     device, optional = batch.images.device, op == "small_loss"
     if requested == REFERENCE:

@@ -263,9 +263,6 @@ def _loss(
     weights = arguments.check_direction_weights(direction_weights, batch.images)
     arguments.check_choice("reduction", reduction, REDUCTIONS)
     return_statistics = arguments.check_flag("return_statistics", return_statistics)
-    arguments.check_string(
-        "backend must be 'auto' or a name listed by fused_vse.backends()", backend
-    )
     scale = inverse_temperature(temperature, batch.images)
 
     small = REFERENCE if reduction == "none" else choose(backend, "small_loss", batch)
