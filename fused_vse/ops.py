@@ -263,3 +263,8 @@ def define(backend: str, names: Iterable[str] = OPS, prefix: str = "") -> torch.
         library.define(OPS[name].schema(prefix + name))
         torch.library.register_fake(f"{namespace}::{prefix}{name}", OPS[name].fake, lib=library)
     return library
+
+
+def ops_of(backend: str):
+    """The ops that `backend` implements."""
+    return getattr(torch.ops, f"fused_vse_{backend}")
