@@ -121,6 +121,7 @@ def check_batch(
     num_pairs: object,
     similarity: object,
     normalize: object,
+    least_pairs: int = 1,
 ) -> Batch:
     """Returns the checked batch of one process, normalised if asked to.
 
@@ -155,7 +156,7 @@ def check_batch(
         if normalize:
             images, captions = l2_normalize(images), l2_normalize(captions)
         sides = ("images", images, "captions", captions)
-    *ids, k = _check_pairs(image_ids, caption_ids, num_pairs, *sides)
+    *ids, k = _check_pairs(image_ids, caption_ids, num_pairs, *sides, least_pairs)
     return Batch(images, captions, *ids, k, k, 0, 0, k, SIMILARITIES[similarity])
 
 
@@ -167,6 +168,7 @@ def _check_pairs(
     images: Tensor,
     captions_name: str,
     captions: Tensor,
+    least_pairs: int,
 ) -> tuple[Tensor | None, Tensor | None, int]:
     if (image_ids is None) != (caption_ids is None):
         missing = "caption_ids" if caption_ids is None else "image_ids"
@@ -179,10 +181,10 @@ def _check_pairs(
         caption_ids = check_ids("caption_ids", caption_ids, captions_name, captions)
         if caption_ids is image_ids:
             caption_ids = caption_ids.view_as(caption_ids)  # torch.compile takes no tensor twice
-    return image_ids, caption_ids, _check_num_pairs(num_pairs, images, captions)
+    return image_ids, caption_ids, _check_num_pairs(num_pairs, images, captions, least_pairs)
 
 
-def _check_num_pairs(num_pairs: object, images: Tensor, captions: Tensor) -> int:
+def _check_num_pairs(num_pairs: object, images: Tensor, captions: Tensor, least: int) -> int:
     rows, columns = images.shape[0], captions.shape[0]
     if num_pairs is None:
         if rows != columns:
@@ -193,9 +195,9 @@ def _check_num_pairs(num_pairs: object, images: Tensor, captions: Tensor) -> int
         return rows
     if isinstance(num_pairs, bool) or not isinstance(num_pairs, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"num_pairs must be an int, got {describe(num_pairs)}")
-    if not 1 <= num_pairs <= min(rows, columns):
+    if not least <= num_pairs <= min(rows, columns):
         raise ValueError(
-            f"num_pairs must be between 1 and {min(rows, columns)}, the smaller number of rows of"
+            f"num_pairs must be between {least} and {min(rows, columns)}, the smaller number of rows of"
             f" images ({rows}) and captions ({columns}); got {shorten(num_pairs)}"
         )
     return num_pairs if isinstance(num_pairs, (int, torch.SymInt)) else int(num_pairs)
@@ -279,11 +281,12 @@ def check_direction_weights(weights: object, like: Tensor) -> tuple[float, float
     return values
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     expected = f"{name} must be one of {', '.join(map(repr, choices))}"
     check_string(expected, value)
     if value not in choices:
         raise ValueError(f"{expected}; got {shorten(value)}")
+    return value
 
 
 def check_string(expected: str, value: object) -> None:

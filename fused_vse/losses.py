@@ -15,6 +15,8 @@ from torch.nn.functional import logsigmoid
 from . import arguments
 from .arguments import check_batch, check_temperature, inverse_temperature
 from .dispatch import REFERENCE, choose
+from .distributed.peers import Peers, agree
+from .distributed.reduction import OfAllRanks, shared_by_ranks
 from .ops import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, Batch
 from .small_loss import small_loss
 from .statistics import (
@@ -53,6 +55,7 @@ def all_negatives_loss(
     similarity: str = "dot",
     return_statistics: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStatistics]:
     """Contrastive loss over all in-batch negatives, loss 1 "ConVSE" of arXiv 2110.08872.
 
@@ -88,6 +91,11 @@ def all_negatives_loss(
         return_statistics: also return `LossStatistics`, for which batches beyond the small ones
             take one more pass over S.
         backend: "auto", or a name listed by `fused_vse.backends()`.
+        group: the batch is that of all ranks of this process group, each of which passes its own rows,
+            pairs first: any number of them, with ids that mean the same on all ranks. Every rank calls, with
+            the same options. The value is that of one process with the whole batch (with "none", the
+            own pairs' part of it); gradients are such that DistributedDataParallel's or FSDP's average over
+            the ranks is that of one process. Default: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
@@ -97,19 +105,11 @@ def all_negatives_loss(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(
-        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    )
+    inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     return _loss(
-        ALL_NEGATIVES,
-        batch,
-        temperature,
-        margin,
-        direction_weights,
-        reduction,
-        return_statistics,
-        backend,
-    )
+        ALL_NEGATIVES, inputs, temperature, margin, direction_weights, reduction, return_statistics,
+        backend, group,
+    )  # fmt: skip
 
 
 def hardest_negative_loss(
@@ -129,6 +129,7 @@ def hardest_negative_loss(
     similarity: str = "dot",
     return_statistics: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStatistics]:
     """Contrastive loss over the hardest in-batch negative, loss 2 "ConVSE++" of arXiv 2110.08872.
 
@@ -169,6 +170,11 @@ def hardest_negative_loss(
             1511.06361), whose gradient is 0 where the difference has no positive part.
         return_statistics: also return `LossStatistics`, which costs nothing extra here.
         backend: "auto", or a name listed by `fused_vse.backends()`.
+        group: the batch is that of all ranks of this process group, each of which passes its own rows,
+            pairs first: any number of them, with ids that mean the same on all ranks. Every rank calls, with
+            the same options. The value is that of one process with the whole batch (with "none", the
+            own pairs' part of it); gradients are such that DistributedDataParallel's or FSDP's average over
+            the ranks is that of one process. Default: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
@@ -178,13 +184,11 @@ def hardest_negative_loss(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(
-        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    )
-    kind = HARDEST_SMOOTH if arguments.check_flag("smooth", smooth) else HARDEST
+    inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     return _loss(
-        kind, batch, temperature, margin, direction_weights, reduction, return_statistics, backend
-    )
+        HARDEST, inputs, temperature, margin, direction_weights, reduction, return_statistics,
+        backend, group, switch=("smooth", smooth, HARDEST_SMOOTH),
+    )  # fmt: skip
 
 
 def hinge_loss(
@@ -203,6 +207,7 @@ def hinge_loss(
     similarity: str = "dot",
     return_statistics: bool = False,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor | tuple[Tensor, LossStatistics]:
     """Triplet hinge loss: VSE0's sum of hinges, or VSE++'s max of hinges (arXiv 1707.05612).
 
@@ -231,6 +236,11 @@ def hinge_loss(
             1511.06361), whose gradient is 0 where the difference has no positive part.
         return_statistics: also return `LossStatistics`, which costs nothing extra with `hardest=True`.
         backend: "auto", or a name listed by `fused_vse.backends()`.
+        group: the batch is that of all ranks of this process group, each of which passes its own rows,
+            pairs first: any number of them, with ids that mean the same on all ranks. Every rank calls, with
+            the same options. The value is that of one process with the whole batch (with "none", the
+            own pairs' part of it); gradients are such that DistributedDataParallel's or FSDP's average over
+            the ranks is that of one process. Default: this process alone.
 
     Returns:
         The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
@@ -240,42 +250,71 @@ def hinge_loss(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(
-        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    )
-    kind = HARDEST if arguments.check_flag("hardest", hardest) else HINGE_SUM
-    return _loss(kind, batch, 1.0, margin, direction_weights, reduction, return_statistics, backend)
+    inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    return _loss(
+        HINGE_SUM, inputs, 1.0, margin, direction_weights, reduction, return_statistics,
+        backend, group, switch=("hardest", hardest, HARDEST),
+    )  # fmt: skip
+
+
+class _Options(NamedTuple):
+    """What all ranks must share, checked."""
+
+    loss: int
+    inverse_temperature: float | Tensor
+    margin: float
+    direction_weights: tuple[float, float]
+    reduction: str
+    return_statistics: bool
 
 
 def _loss(
     kind: int,
-    batch: Batch,
+    inputs: tuple,
     temperature: float | Tensor,
     margin: float,
     direction_weights: tuple[float, float],
     reduction: str,
     return_statistics: bool,
     backend: str,
+    group: "torch.distributed.ProcessGroup | None",
+    switch: tuple[str, bool, int] | None = None,
 ) -> Tensor | tuple[Tensor, LossStatistics]:
-    """Every loss: checks, one statistic or one op for the whole, the formula of its kind, the reduction."""
-    temperature = check_temperature(temperature, batch.images.device)
-    margin = arguments.check_margin(margin, batch.images)
-    weights = arguments.check_direction_weights(direction_weights, batch.images)
-    arguments.check_choice("reduction", reduction, REDUCTIONS)
-    return_statistics = arguments.check_flag("return_statistics", return_statistics)
-    scale = inverse_temperature(temperature, batch.images)
+    """Every loss: checks, one statistic or one op for the whole, the formula of its kind, the reduction.
 
-    small = REFERENCE if reduction == "none" else choose(backend, "small_loss", batch)
+    `inputs` are those of `check_batch`; `switch` is a flag of the loss with the kind that it stands for.
+    """
+
+    def check() -> tuple[Batch, _Options]:
+        batch = check_batch(*inputs, least_pairs=1 if group is None else 0)
+        images, (name, flag, other) = batch.images, switch or ("", False, kind)
+        temperature_ = check_temperature(temperature, images.device)
+        return batch, _Options(
+            other if arguments.check_flag(name, flag) else kind,
+            inverse_temperature(temperature_, images),
+            arguments.check_margin(margin, images),
+            arguments.check_direction_weights(direction_weights, images),
+            arguments.check_choice("reduction", reduction, REDUCTIONS),
+            arguments.check_flag("return_statistics", return_statistics),
+        )
+
+    peers, batch, options = agree(group, check)
+    kind, scale, margin, weights, reduction, return_statistics = options
+    scale = shared_by_ranks(scale, peers)
+
+    small = REFERENCE
+    if peers is None and reduction != "none":
+        small = choose(backend, "small_loss", batch)
     if small != REFERENCE:
         loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, small)
     else:
-        loss, hardest = _FORMULAS[kind](batch, scale, margin, backend)
-        loss = _reduce(loss, weights, reduction)
+        loss, hardest = _FORMULAS[kind](batch, scale, margin, backend, peers)
+        loss = _reduce(loss, weights, reduction, peers)
     if not return_statistics:
         return loss
     if hardest is None:
         with torch.no_grad():
-            hardest = hardest_statistic(batch, backend)
+            hardest = hardest_statistic(batch, backend, peers)
     return loss, _loss_statistics(hardest, margin)
 
 
@@ -283,30 +322,36 @@ def _loss(
 # An anchor without negatives contributes 0 and receives no gradient: what would be 0 * inf is left out.
 
 
-def _all_negatives(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+def _all_negatives(
+    batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None
+):
     """-log(e^αp / (e^αp + e^(lse + αm))) = softplus(lse + α(m - p)), whose terms nearly cancel."""
-    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend)
+    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend, peers)
     difference = scale * (positive - reference - margin) - log_sum
     return -logsigmoid(difference).to(positive.dtype), None
 
 
-def _hardest(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+def _hardest(batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None):
     """α [m + h - p]₊"""
-    hardest = hardest_statistic(batch, backend)
+    hardest = hardest_statistic(batch, backend, peers)
     return scale * (hardest.scores - hardest.positive_scores + margin).relu(), hardest
 
 
-def _hardest_smooth(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+def _hardest_smooth(
+    batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None
+):
     """softplus(α (m + h - p))"""
-    hardest = hardest_statistic(batch, backend)
+    hardest = hardest_statistic(batch, backend, peers)
     alone = hardest.scores == -torch.inf  # not by the index, which a NaN score lacks, too
     violation = torch.where(alone, 0, hardest.scores - hardest.positive_scores + margin)
     return torch.where(alone, 0, -logsigmoid(-scale * violation)), hardest
 
 
-def _hinge_sum(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+def _hinge_sum(
+    batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None
+):
     """Σ [m + s - p]₊"""
-    return hinge_statistic(batch, margin, backend)[1], None
+    return hinge_statistic(batch, margin, backend, peers)[1], None
 
 
 _FORMULAS = {
@@ -317,8 +362,12 @@ _FORMULAS = {
 }
 
 
-def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:
+def _reduce(
+    loss: Tensor, weights: tuple[float, float], reduction: str, peers: Peers | None
+) -> Tensor:
     """[2, K] to a scalar, unless reduction is "none"."""
+    if peers is not None and reduction != "none":
+        loss = OfAllRanks.apply(loss, peers)
     if weights != (1.0, 1.0):
         loss = torch.stack([loss[0] * weights[0], loss[1] * weights[1]])
     if reduction == "none":

@@ -114,8 +114,6 @@ def hardest_negatives(*arguments) -> tuple[Tensor, Tensor]:
     directions, poison = _directions(batch, ceiling)
     best, best_index = [], []
     for s, is_negative in directions:
-        if s.shape[0] == 0:
-            continue
         value = s.masked_fill(~is_negative, -torch.inf).amax(1)
         # max() may return any of several equal entries; the rule is the first.
         ties = is_negative & ((s == value[:, None]) | (s.isnan() & value.isnan()[:, None]))

@@ -14,6 +14,9 @@ from torch import Tensor
 from . import reference
 from .arguments import check_batch, check_temperature, inverse_temperature
 from .dispatch import REFERENCE, choose
+from .distributed.peers import Peers, agree
+from .distributed.reduction import shared_by_ranks
+from .distributed.statistics import Hardest, HingeSum, Logsumexp, statistic_over_ranks
 from .first_order import first_order_only
 from .ops import Batch, ops_of
 
@@ -44,6 +47,7 @@ def hardest_negatives(
     normalize: bool = False,
     similarity: str = "dot",
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> HardestNegatives:
     """The highest-scoring negative of every anchor, in both directions, without storing S.
 
@@ -70,6 +74,9 @@ def hardest_negatives(
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
         backend: "auto", or a name listed by `fused_vse.backends()`.
+        group: the batch is that of all ranks of this process group, each of which passes its own rows; see
+            `all_negatives_loss`. The results are those of the own pairs, indices count the pairs of all
+            ranks, then their extra negatives, in the order of the ranks.
 
     Returns:
         Scores in float32 (float64 for float64 input), differentiable with respect to the embeddings. Any NaN
@@ -79,10 +86,9 @@ def hardest_negatives(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(
-        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    )
-    return hardest_statistic(batch, backend)
+    inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    batch, _, peers = _checked(inputs, 1.0, group)
+    return hardest_statistic(batch, backend, peers)
 
 
 def negative_logsumexp(
@@ -97,6 +103,7 @@ def negative_logsumexp(
     normalize: bool = False,
     similarity: str = "dot",
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> NegativeLogsumexp:
     """log Σ exp(s / temperature) over the negatives of every anchor, in both directions.
 
@@ -118,6 +125,9 @@ def negative_logsumexp(
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
         backend: "auto", or a name listed by `fused_vse.backends()`.
+        group: the batch is that of all ranks of this process group, each of which passes its own rows; see
+            `all_negatives_loss`. The results are those of the own pairs, indices count the pairs of all
+            ranks, then their extra negatives, in the order of the ranks.
 
     Returns:
         Scores in float32 (float64 for float64 input), differentiable with respect to the embeddings
@@ -128,15 +138,34 @@ def negative_logsumexp(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(
-        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    )
-    scale = inverse_temperature(check_temperature(temperature, batch.images.device), batch.images)
-    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend)
+    inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    batch, scale, peers = _checked(inputs, temperature, group)
+    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend, peers)
     return NegativeLogsumexp(positive, (scale * reference + log_sum).to(positive.dtype))
 
 
-def hardest_statistic(batch: Batch, backend: str) -> HardestNegatives:
+class _Scale(NamedTuple):
+    inverse_temperature: float | Tensor
+
+
+def _checked(
+    inputs: tuple, temperature: float | Tensor, group
+) -> tuple[Batch, float | Tensor, Peers | None]:
+    """The batch, 1 / temperature, and the other ranks."""
+
+    def check() -> tuple[Batch, _Scale]:
+        batch = check_batch(*inputs, least_pairs=1 if group is None else 0)
+        checked = check_temperature(temperature, batch.images.device)
+        return batch, _Scale(inverse_temperature(checked, batch.images))
+
+    peers, batch, (scale,) = agree(group, check)
+    return batch, shared_by_ranks(scale, peers), peers
+
+
+def hardest_statistic(batch: Batch, backend: str, peers: Peers | None = None) -> HardestNegatives:
+    if peers is not None:
+        positive, score, index = statistic_over_ranks(Hardest(), batch, peers, backend)
+        return HardestNegatives(positive, _two_rows(score), _two_rows(index))
     backend = choose(backend, "hardest_negatives", batch)
     if backend == REFERENCE:
         positive = reference.positive_scores(*batch)
@@ -147,19 +176,21 @@ def hardest_statistic(batch: Batch, backend: str) -> HardestNegatives:
 
 
 def logsumexp_statistic(
-    batch: Batch, scale: float | Tensor, backend: str
+    batch: Batch, scale: float | Tensor, backend: str, peers: Peers | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positive scores [K]; reference and log-sum [2, K], of which scale * reference + log-sum is
     log Σ exp(scale * s). The reference is a constant to autograd; ops.py says why they are apart.
 
     `scale` = 1 / temperature, as `inverse_temperature` gives it.
     """
-    backend = choose(backend, "negative_logsumexp", batch)
-    if backend == REFERENCE:
+    number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    if peers is not None:
+        statistic = Logsumexp(number, tensor)
+        positive, constant, log_sum = statistic_over_ranks(statistic, batch, peers, backend)
+    elif (backend := choose(backend, "negative_logsumexp", batch)) == REFERENCE:
         positive = reference.positive_scores(*batch)
         constant, log_sum = reference.negative_logsumexp(*batch, None, scale)
     else:
-        number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
         save_scores = needs_grad(batch.images, batch.captions, tensor)
         positive, constant, log_sum = _NegativeLogsumexp.apply(
             backend, save_scores, None, number, tensor, *batch
@@ -167,10 +198,13 @@ def logsumexp_statistic(
     return positive, _two_rows(constant), _two_rows(log_sum)
 
 
-def hinge_statistic(batch: Batch, margin: float, backend: str) -> tuple[Tensor, Tensor]:
+def hinge_statistic(
+    batch: Batch, margin: float, backend: str, peers: Peers | None = None
+) -> tuple[Tensor, Tensor]:
     """Positive scores [K] and Σ [margin + s - p]₊ over the negatives [2, K]."""
-    backend = choose(backend, "hinge_sum", batch)
-    if backend == REFERENCE:
+    if peers is not None:
+        positive, total, _ = statistic_over_ranks(HingeSum(margin), batch, peers, backend)
+    elif (backend := choose(backend, "hinge_sum", batch)) == REFERENCE:
         positive = reference.positive_scores(*batch)
         threshold = (positive - margin).repeat(2)
         total, _ = reference.hinge_sum(*batch, None, threshold)

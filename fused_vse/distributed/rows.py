@@ -12,7 +12,7 @@ process with the whole batch.
 import torch
 from torch import Tensor, distributed
 
-from .arguments import describe
+from ..arguments import describe
 
 
 def gather_rows(rows: Tensor, group: "distributed.ProcessGroup | None" = None) -> Tensor:

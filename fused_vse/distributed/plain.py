@@ -1,0 +1,63 @@
+"""The reference over ranks: both sides are gathered, and the plain formulas do the rest."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops import Batch
+from .collectives import all_gather, reduce_scatter
+from .exchange import padded
+from .peers import Peers
+
+
+class _GatherRows(torch.autograd.Function):
+    """[n_r, ..] of every rank to the pairs of all ranks and then their extra negatives, with gradients."""
+
+    @staticmethod
+    def forward(ctx, rows, peers, counts):
+        longest = max(counts)
+        gathered = rows.new_empty(peers.size * longest, *rows.shape[1:])
+        all_gather(gathered, padded(rows, longest), peers.group)
+        parts = gathered.unflatten(0, (-1, longest))
+        sides = list(zip(parts, peers.pairs, counts, strict=True))
+        ctx.peers, ctx.counts = peers, counts
+        return torch.cat(
+            [*(part[:k] for part, k, _ in sides), *(part[k:n] for part, k, n in sides)]
+        )
+
+    @staticmethod
+    def backward(ctx, gradient):
+        peers, counts, longest = ctx.peers, ctx.counts, max(ctx.counts)
+        extras = [n - k for n, k in zip(counts, peers.pairs, strict=True)]
+        parts = gradient.split([*peers.pairs, *extras])
+        sent = [
+            padded(torch.cat(x), longest)
+            for x in zip(parts[: peers.size], parts[peers.size :], strict=True)
+        ]
+        received = gradient.new_empty(longest, *gradient.shape[1:])
+        reduce_scatter(received, torch.cat(sent), group=peers.group)
+        return received[: counts[peers.rank]], None, None
+
+
+def statistic_of_rows(statistic, batch: Batch, peers: Peers) -> tuple[Tensor, Tensor, Tensor]:
+    """Own rows with all columns, and own columns with all rows: twice the scores, by the plain formulas."""
+    k, before = batch.pair_count, sum(peers.pairs[: peers.rank])
+    captions, images = (
+        _GatherRows.apply(x, peers, counts)
+        for x, counts in ((batch.captions, peers.captions), (batch.images, peers.images))
+    )
+    caption_ids = image_ids = None
+    if batch.image_ids is not None:
+        caption_ids = _GatherRows.apply(batch.caption_ids, peers, peers.captions)
+        image_ids = _GatherRows.apply(batch.image_ids, peers, peers.images)
+    of_rows = batch._replace(
+        captions=captions, caption_ids=caption_ids, column_anchors=0, pair_column=before
+    )
+    of_columns = batch._replace(images=images, image_ids=image_ids, row_anchors=0, pair_row=before)
+    positive = reference.positive_scores(*batch)
+    vectors = statistic.vectors(positive)
+    results = [
+        statistic.plain(*part, *(x if x is None else x[:k] for x in vectors))
+        for part in (of_rows, of_columns)
+    ]
+    return positive, *(torch.cat(x) for x in zip(*results, strict=True))

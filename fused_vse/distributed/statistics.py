@@ -1,0 +1,189 @@
+"""The statistics over the batch of all ranks of a process group, exact, each score computed once.
+
+Every rank compares its own rows with the captions of all ranks; images stay where they are:
+
+    for chunk c of the captions of every rank:        gathered while the chunk before is computed
+        row[c], column[c] = op(own images, captions[c])           [K + C], a statistic of ops.py
+    own rows' statistic    = merge of row[c] over the chunks
+    own columns' statistic = merge of column[.] over the ranks, in their order
+
+Backward, the merged statistics of all columns come back (16 bytes a column), and the op's backward pass
+gives d_images of the own rows and a part of d_captions of all columns, which a reduce-scatter sums in the
+accumulation type. So B images and captions a rank cost B * W B scores, and the captions travel once
+forward and once back.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import REFERENCE, choose
+from ..first_order import first_order_only
+from ..ops import Batch, accumulation_dtype, ops_of
+from .exchange import Exchange
+from .peers import Peers
+from .plain import statistic_of_rows
+
+# A statistic as the exchange needs it: the op, how results of several parts merge, the op's backward pass.
+# Results are pairs of tensors with one number an anchor; `vectors`, arguments of the ops, have one likewise.
+
+
+class Hardest(NamedTuple):
+    op: str = "hardest_negatives"
+
+    def vectors(self, positive: Tensor) -> list[Tensor | None]:
+        return [None]
+
+    def forward(self, ops, batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.hardest_negatives(*batch, ceiling)
+
+    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The larger score, and of equal ones the smaller number; NaN wins."""
+        best, where = parts[0]
+        for score, number in parts[1:]:
+            wins = (score > best) | score.isnan() | ((score == best) & (number < where))
+            best, where = torch.where(wins, score, best), torch.where(wins, number, where)
+        return best, where
+
+    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
+        return reference.hardest_negatives(*arguments)
+
+    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
+        return *ops.hardest_negatives_backward(*batch, *merged, d_positive, d, *needs), None
+
+
+class Logsumexp(NamedTuple):
+    scale: float
+    scale_tensor: Tensor | None
+    op: str = "negative_logsumexp"
+
+    def vectors(self, positive: Tensor) -> list[Tensor | None]:
+        return [None]
+
+    def forward(self, ops, batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.negative_logsumexp(*batch, ceiling, self.scale, self.scale_tensor, False)[:2]
+
+    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        scale = self.scale if self.scale_tensor is None else self.scale_tensor
+        references, log_sums = (torch.stack(x) for x in zip(*parts, strict=True))
+        found = log_sums != -torch.inf
+        reference = references.where(found, -torch.inf).amax(0)
+        reference = reference.where(found.any(0), 0)
+        terms = scale * (references - reference) + log_sums
+        return reference, terms.where(found, -torch.inf).logsumexp(0)
+
+    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
+        scale = self.scale if self.scale_tensor is None else self.scale_tensor
+        return reference.negative_logsumexp(*arguments, scale)
+
+    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
+        options = *vectors, self.scale, self.scale_tensor, *merged, merged[0].new_empty(0)
+        return ops.negative_logsumexp_backward(*batch, *options, d_positive, d, *needs)
+
+
+class HingeSum(NamedTuple):
+    margin: float
+    op: str = "hinge_sum"
+
+    def vectors(self, positive: Tensor) -> list[Tensor | None]:
+        return [None, (positive - self.margin).repeat(2)]
+
+    def forward(self, ops, batch: Batch, ceiling, threshold) -> tuple[Tensor, Tensor]:
+        return ops.hinge_sum(*batch, ceiling, threshold, False)[:2]
+
+    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        totals, active = (torch.stack(x) for x in zip(*parts, strict=True))
+        return totals.sum(0), active.sum(0)
+
+    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
+        return reference.hinge_sum(*arguments)
+
+    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
+        options = *vectors, merged[0], merged[0].new_empty(0)
+        return *ops.hinge_sum_backward(*batch, *options, d_positive, d, *needs), None
+
+
+class _OverRanks(torch.autograd.Function):
+    """The positive scores [K] of the own pairs, and a statistic [2 K] of them over the batch of all ranks."""
+
+    @staticmethod
+    def forward(ctx, statistic, peers, ops, scale_tensor, *fields):
+        own = Batch(*fields)
+        ctx.statistic, ctx.ops, ctx.scale_tensor = statistic, ops, scale_tensor
+        ctx.exchange = exchange = Exchange(peers, own.captions)
+        positive = ops.positive_scores(*own)
+        ctx.vectors = statistic.vectors(positive)
+        calls = exchange.calls(own, ctx.vectors)
+        if exchange.kept:
+            ctx.calls = calls = list(calls)
+        k, rows, columns = exchange.pairs, [], []
+        for chunk, batch, vectors in calls:
+            one, other = statistic.forward(ops, batch, *vectors)
+            if isinstance(statistic, Hardest):
+                other = exchange.to_numbers(chunk, other)
+            rows.append((one[:k], other[:k]))
+            if chunk.are_pairs:
+                columns.append((one[k:], other[k:]))
+        received = [exchange.to_owners(x) for x in zip(*columns, strict=True)]
+        of_rows = statistic.merge(rows)
+        of_columns = statistic.merge(list(zip(*received, strict=True)))
+        merged = [torch.cat(x) for x in zip(of_rows, of_columns, strict=True)]
+        ctx.mark_non_differentiable(merged[0 if isinstance(statistic, Logsumexp) else 1])
+        ctx.anchors = fields[4:]
+        ctx.save_for_backward(*fields[:4], *merged)
+        return positive, *merged
+
+    @staticmethod
+    def backward(ctx, d_positive, d_one, d_other):
+        *tensors, one, other = ctx.saved_tensors
+        own, statistic, exchange = Batch(*tensors, *ctx.anchors), ctx.statistic, ctx.exchange
+        k, merged = exchange.pairs, (one, other)
+        d = d_other if isinstance(statistic, Logsumexp) else d_one
+        if isinstance(statistic, HingeSum):
+            d_positive = d_positive - (other * d).view(2, k).sum(0)
+        vectors = *merged, d
+        of_pairs = [exchange.of_pairs(x[k:]) for x in vectors]
+        needs = ctx.needs_input_grad[4:6]
+        d_images, d_captions = (
+            torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in own[:2]
+        )
+        d_scale, waits = 0, []
+        calls = getattr(ctx, "calls", None) or exchange.calls(own, ctx.vectors)
+        for chunk, batch, of_anchors in calls:
+            one, other, d = (
+                exchange.anchors(chunk, x[:k], parts)
+                for x, parts in zip(vectors, of_pairs, strict=True)
+            )
+            if isinstance(statistic, Hardest):
+                other = exchange.to_positions(chunk, other)
+            of_chunk = d_positive[batch.pair_row : batch.pair_row + batch.pair_count]
+            to_images, to_captions, to_scale = statistic.backward(
+                ctx.ops, batch, of_anchors, (one, other), of_chunk, d, (*needs, True)
+            )
+            if needs[0]:
+                d_images += to_images
+            if needs[1]:
+                waits.append(exchange.reduce(chunk, to_captions, d_captions))
+            if to_scale is not None:
+                d_scale = d_scale + to_scale
+        for wait in waits:
+            wait()
+        gradients = first_order_only(
+            d_images.to(own.images.dtype), d_captions.to(own.captions.dtype), d_scale,
+            needed=(*needs, ctx.needs_input_grad[3]),
+        )  # fmt: skip
+        d_images, d_captions, d_scale = gradients
+        return None, None, None, d_scale, d_images, d_captions, *(None,) * 8
+
+
+def statistic_over_ranks(
+    statistic: NamedTuple, batch: Batch, peers: Peers, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive scores [K] of the own pairs, and a statistic [2 K] of them over the batch of all ranks."""
+    backend = choose(backend, statistic.op, batch)
+    if backend == REFERENCE:
+        return statistic_of_rows(statistic, batch, peers)
+    scale_tensor = getattr(statistic, "scale_tensor", None)
+    return _OverRanks.apply(statistic, peers, ops_of(backend), scale_tensor, *batch)
