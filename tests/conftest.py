@@ -89,7 +89,7 @@ def emulated_ops():
 def on_cpu(emulated_ops, monkeypatch):
     """backend="cuda" takes CPU tensors."""
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
 
 
 def on_gpu(case, dtype=torch.bfloat16, seed=0, make=embeddings):
