@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse import AllNegativesLoss, all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse.distributed import gather_rows
 
 LOSSES = {
     "all_negatives": all_negatives_loss,
@@ -157,3 +158,148 @@ def every_case(rank: int, size: int, backend: str) -> int:
                 compare(rank, size, name, layout, backend=backend, **options)
                 count += 1
     return count
+
+
+def gather_mistakes(rank: int, size: int) -> list[str]:
+    """What `gather_rows` says where the ranks pass different things."""
+    different = [
+        torch.zeros(4 + rank, 3),
+        torch.zeros(4, 3, dtype=(torch.float32, torch.int32)[rank]),
+        torch.zeros(((4, 6), (6, 4))[rank]),
+    ]
+    messages = []
+    for rows in different:  # noqa: PERF203
+        try:
+            gather_rows(rows)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def gather_anything(rank: int, size: int) -> None:
+    """Every dtype arrives; so does the second derivative."""
+    for dtype in (torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float64):
+        rows = (torch.arange(6).view(3, 2) % 2 + rank).to(dtype)
+        others = torch.cat([(torch.arange(6).view(3, 2) % 2 + r).to(dtype) for r in range(size)])
+        assert torch.equal(gather_rows(rows), others.roll(-3 * rank, 0))
+    rows = torch.full((2, 2), 2.0 + rank, dtype=torch.float64, requires_grad=True)
+    # Each rank's objective is the sum of cubes of all rows, and the sum over the ranks is differentiated.
+    (first,) = torch.autograd.grad(gather_rows(rows).pow(3).sum(), rows, create_graph=True)
+    assert torch.allclose(first, size * 3 * rows**2)
+    (second,) = torch.autograd.grad(first.sum(), rows)
+    assert torch.allclose(second, size * 6 * rows)
+
+
+MISTAKES = {
+    "margin": lambda rank: dict(margin=0.1 + rank),
+    "D": lambda rank: dict(dim=5 + rank),
+    "dtype": lambda rank: dict(dtype=(torch.float32, torch.float64)[rank]),
+    "ids": lambda rank: dict(with_ids=rank == 1),
+    "frozen": lambda rank: dict(frozen=rank == 1),
+    "reduction": lambda rank: dict(reduction=("mean", "sum")[rank]),
+    "temperature": lambda rank: dict(temperature=0.1 + rank),
+    "one rank's own mistake": lambda rank: dict(margin="0.1" if rank == 1 else 0.1),
+    "no pair anywhere": lambda rank: dict(num_pairs=0),
+}
+
+
+def disagreement(rank: int, size: int, mistake: str) -> str:
+    """The error on this rank."""
+    options = {"dim": 5, "dtype": torch.float32, "with_ids": False, "frozen": False}
+    options |= MISTAKES[mistake](rank)
+    dim, dtype, with_ids, frozen = (options.pop(name) for name in list(options)[:4])
+    pair = [torch.randn(4, dim, dtype=dtype).requires_grad_() for _ in range(2)]
+    if frozen:
+        pair[1].requires_grad_(False)
+    if with_ids:
+        options |= {"image_ids": torch.arange(4), "caption_ids": torch.arange(4)}
+    try:
+        all_negatives_loss(*pair, group=distributed.group.WORLD, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def poison(rank: int, size: int) -> bool:
+    """NaN in one rank's images, or captions: NaN on all ranks, gradients included."""
+    for side in range(2):
+        pair = [torch.randn(4, 5) for _ in range(2)]
+        if rank == size - 1:
+            pair[side][1, 2] = torch.nan
+        for loss in LOSSES.values():
+            leaves = [x.clone().requires_grad_() for x in pair]
+            value = loss(*leaves, group=distributed.group.WORLD)
+            value.backward()
+            assert value.isnan()
+            assert all(x.grad.isnan().all() for x in leaves)
+    return True
+
+
+def bits(rank: int, size: int, delays: bool) -> list:
+    """Values and gradients of one float32 batch of 12 pairs a group, for comparisons to the last bit."""
+    layout = Layout([12 // size] * size, [0] * size, [0] * size)
+    pair = whole_batch(layout, torch.float32, False)
+    rows, _ = layout.own(rank)
+    results = []
+    for name, loss in LOSSES.items():
+        leaves = [x[rows].requires_grad_() for x in pair]
+        if delays:
+            time.sleep(0.03 * ((rank + len(name)) % 3))
+        value = loss(*leaves, group=distributed.group.WORLD)
+        value.backward()
+        results.append([name, value.item(), [(x.grad / size).tolist() for x in leaves]])
+    return results
+
+
+def data_parallel(rank: int, size: int) -> None:
+    """DistributedDataParallel, with and without accumulation, a temperature inside and outside of it; the
+    parameters of one process with the whole batch."""
+    generator = torch.Generator().manual_seed(7)
+    inputs = [torch.randn(2, 12, 5, generator=generator).double() for _ in range(2)]
+    weights = [torch.randn(4, 5, generator=generator).double() for _ in range(2)]
+
+    class Model(torch.nn.Module):
+        def __init__(self, loss):
+            super().__init__()
+            self.sides = torch.nn.ParameterList([w.clone() for w in weights])
+            self.loss = loss
+
+        def forward(self, images, captions, **options):
+            pair = [x @ w.T for x, w in zip((images, captions), self.sides, strict=True)]
+            return self.loss(*pair, normalize=True, **options)
+
+    def loss():
+        return AllNegativesLoss(0.2, learnable_temperature=True).double()
+
+    alone = Model(loss())
+    for batch in zip(*inputs, strict=True):
+        alone(*batch).backward()
+    inside = torch.nn.parallel.DistributedDataParallel(Model(loss()))
+    outside = loss()
+    bare = torch.nn.parallel.DistributedDataParallel(Model(lambda *x, **k: outside(*x, **k)))
+    own, group = slice(rank * 12 // size, (rank + 1) * 12 // size), distributed.group.WORLD
+    for model in (inside, bare):
+        with model.no_sync():
+            model(*(x[0][own] for x in inputs), group=group).backward()
+        model(*(x[1][own] for x in inputs), group=group).backward()
+        for parameter, expected in zip(model.module.sides, alone.sides, strict=True):
+            assert torch.allclose(parameter.grad, expected.grad, rtol=1e-10)
+    expected = alone.loss.log_temperature.grad
+    for temperature in (inside.module.loss, outside):
+        assert torch.allclose(temperature.log_temperature.grad, expected, rtol=1e-10)
+
+
+def groups_of_two(rank: int, size: int) -> None:
+    """2 x 2: each group is a batch of its own."""
+    groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    group, first = groups[rank // 2], rank // 2 * 2
+    pair = [
+        torch.randn(16, 5, generator=torch.Generator().manual_seed(1)).double() for _ in range(2)
+    ]
+    batch = [x[first * 4 : first * 4 + 8].requires_grad_() for x in pair]
+    all_negatives_loss(*batch).backward()
+    own = slice(rank % 2 * 4, rank % 2 * 4 + 4)
+    leaves = [x.detach()[own].requires_grad_() for x in batch]
+    all_negatives_loss(*leaves, group=group).backward()
+    for x, whole in zip(leaves, batch, strict=True):
+        assert torch.allclose(x.grad / 2, whole.grad[own], rtol=1e-12)

@@ -1,5 +1,6 @@
 """Losses over the batch of all ranks, `group=`, in processes of their own that talk over gloo."""
 
+import re
 import socket
 
 import pytest
@@ -46,10 +47,68 @@ def backends():
         yield pytest.param(name, marks=skip)
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", list(backends()))
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_equals_one_process(size, backend):
     """Every loss, even, uneven and queued batches, ids, ties across ranks, all reductions, order similarity;
     in float64 to 1e-12."""
     counts = on_ranks(size, ranks_cases.every_case, backend)
     assert counts == [75 if size == 1 else 100] * size
+
+
+@pytest.mark.parametrize("mistake", ranks_cases.MISTAKES)
+def test_disagreements_are_the_same_error_on_all_ranks(mistake):
+    errors = on_ranks(2, ranks_cases.disagreement, mistake, timeout=60)
+    if mistake == "one rank's own mistake":
+        assert errors[1].startswith("TypeError: margin must be a float")
+        assert (
+            errors[0]
+            == "RuntimeError: rank 1 of the group refused its arguments; its own error says why"
+        )
+        return
+    assert errors[0] == errors[1]
+    expected = {
+        "margin": "ValueError: margin must be the same on all ranks of the group, got 0.1, 1.1",
+        "D": "ValueError: D must be the same on all ranks of the group, got 5, 6",
+        "dtype": "ValueError: the dtype must be the same .*, got torch.float32, torch.float64",
+        "ids": "whether there are ids must be the same .*, got False, True",
+        "frozen": "whether captions require grad must be the same .*, got True, False",
+        "reduction": "reduction must be the same .*, got mean, sum",
+        "temperature": "inverse_temperature must be the same .*, got 10.0, 0.909",
+        "no pair anywhere": "num_pairs is 0 on all ranks",
+    }
+    assert re.search(expected[mistake], errors[0]), errors[0]
+
+
+def test_gather_rows_says_what_differs():
+    first, second = on_ranks(2, ranks_cases.gather_mistakes, timeout=60)
+    assert first == second and len(first) == 3
+    assert all("rows must have the same shape and dtype on all ranks" in x for x in first)
+    assert r"[4, 3], a float32 tensor of shape [5, 3]" in first[0]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gather_rows_of_any_dtype_and_its_second_derivative(size):
+    on_ranks(size, ranks_cases.gather_anything, timeout=60)
+
+
+def test_non_finite_rows_of_one_rank_show_on_all():
+    assert all(on_ranks(2, ranks_cases.poison, timeout=60))
+
+
+def test_the_same_bits_however_ranks_are_delayed_and_hardest_losses_for_any_number_of_them():
+    runs = {size: on_ranks(size, ranks_cases.bits, False) for size in (1, 2, 4)}
+    assert on_ranks(4, ranks_cases.bits, True) == runs[4]
+    for size, ranks in runs.items():
+        assert len({str([[name, value] for name, value, _ in rank]) for rank in ranks}) == 1
+        for (name, value, _), (_, alone, _) in zip(ranks[0], runs[1][0], strict=True):
+            if name in ("hardest", "smooth", "hinge_max"):
+                assert value == alone, (name, size)
+
+
+def test_data_parallel_training_is_that_of_one_process():
+    on_ranks(3, ranks_cases.data_parallel, timeout=120)
+
+
+def test_groups_that_are_a_part_of_all_ranks():
+    on_ranks(4, ranks_cases.groups_of_two, timeout=120)

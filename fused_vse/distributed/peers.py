@@ -57,7 +57,7 @@ def agree(
         )
     for position, (name, value) in enumerate(values.items(), 1):
         if name not in SIZES and len({row[position] for row in ranks}) > 1:
-            found = ", ".join(_texts(group, str(value)))
+            found = ", ".join(texts_of_ranks(group, str(value)))
             raise ValueError(f"{name} must be the same on all ranks of the group, got {found}")
     sizes = [[row[1 + i] for row in ranks] for i in range(len(SIZES))]
     if not sum(sizes[0]):
@@ -87,7 +87,7 @@ def _number(name: str, value: object) -> int:
     return value if name in SIZES else zlib.crc32(str(value).encode())
 
 
-def _texts(group: distributed.ProcessGroup, text: str) -> list[str]:
+def texts_of_ranks(group: distributed.ProcessGroup, text: str) -> list[str]:
     """What every rank says, in at most TEXT_SIZE bytes."""
     encoded = list(text.encode()[:TEXT_SIZE].ljust(TEXT_SIZE))
     rows = _gather(group, torch.tensor(encoded, dtype=torch.uint8)).tolist()
