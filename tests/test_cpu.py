@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 
+import ops_oracle as oracle
 import pytest
 import torch
 from conftest import assert_close
 
 import fused_vse
 from fused_vse import all_negatives_loss, hinge_loss
+from fused_vse.ops import DOT, ORDER, Batch
 
 pytestmark = pytest.mark.skipif(
     fused_vse.backends()["cpu"] != "available", reason=fused_vse.backends()["cpu"]
@@ -21,26 +23,26 @@ normalize = torch.nn.functional.normalize
 @pytest.fixture(params=["float32", "bfloat16"])
 def search(request):
     """The certified search with a GEMM of either precision."""
-    op = getattr(OPS, f"hardest_negatives_in_{request.param}")
+    op = getattr(OPS, f"{request.param}_hardest_negatives")
     try:
-        op(torch.ones(2, 2), torch.eye(2), None, None, 2)
+        op(*batch_of(torch.ones(2, 2), torch.eye(2)), None)
     except RuntimeError:
         pytest.skip("this CPU has no AVX512-BF16")
     return op
 
 
-def assert_identical(search, images, captions, ids=(None, None), num_pairs=None):
-    """The search and the exact path agree to the last bit: positives, scores and indices."""
-    num_pairs = num_pairs or min(len(images), len(captions))
-    exact = OPS.hardest_negatives_exact(images, captions, *ids, num_pairs)
-    certified = search(images, captions, *ids, num_pairs)
-    for a, b in zip(exact, certified, strict=True):
+def batch_of(images, captions, ids=(None, None), num_pairs=None):
+    k = num_pairs or min(len(images), len(captions))
+    return Batch(images, captions, *ids, k, k, 0, 0, k, DOT)
+
+
+def assert_identical(search, batch):
+    """The search and the exact path agree to the last bit: scores and indices."""
+    exact = OPS.exact_hardest_negatives(*batch, None)
+    for a, b in zip(exact, search(*batch, None), strict=True):
         assert torch.equal(a, b)
     # And the exact path is right, to float32 rounding.
-    wide = fused_vse.reference.hardest_negatives(
-        images.double(), captions.double(), *ids, num_pairs
-    )
-    assert_close(exact[1], wide[1], 1e-5)
+    assert_close(exact[0], oracle.hardest_negatives(batch)[0], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,10 +64,15 @@ def test_search_is_identical(search, n, m, k, d, dtype):
             (scale_captions * normalize(captions)).to(dtype),
         )
         if all((x.isfinite() & (x.abs().amax(1, keepdim=True) > 0)).all() for x in pair):
-            assert_identical(search, *pair, num_pairs=k)
-    assert_identical(search, images.to(dtype), captions.to(dtype), num_pairs=k)
+            assert_identical(search, batch_of(*pair, num_pairs=k))
+    pair = images.to(dtype), captions.to(dtype)
+    assert_identical(search, batch_of(*pair, num_pairs=k))
     ids = torch.randint(0, n, (n,)), torch.randint(0, n, (m,))
-    assert_identical(search, images.to(dtype), captions.to(dtype), ids, k)
+    assert_identical(search, batch_of(*pair, ids, k))
+    for r, c in ((k, 0), (0, k), (n // 2, m)):
+        few = min(r or n, c or m) // 2
+        for part in (ids, (None, None)):
+            assert_identical(search, Batch(*pair, *part, r, c, 0, (c or m) - few, few, DOT))
 
 
 def test_search_is_identical_on_near_ties(search):
@@ -73,16 +80,15 @@ def test_search_is_identical_on_near_ties(search):
     captions = normalize(torch.randn(400, 256))
     for step in (0.0, 6e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         near = torch.cat([captions, captions + step * torch.randn(400, 256)])
-        assert_identical(search, normalize(torch.randn(800, 256)), near)
+        assert_identical(search, batch_of(normalize(torch.randn(800, 256)), near))
         # Every image's hardest negative has twins that differ in the last bits of one coordinate.
         images = normalize(near + 0.3 * torch.randn(800, 256))
-        assert_identical(search, images, near)
+        assert_identical(search, batch_of(images, near))
     # Negative maxima: rounding goes the other way.
-    assert_identical(search, torch.rand(300, 64), -torch.rand(500, 64), num_pairs=300)
+    assert_identical(search, batch_of(torch.rand(300, 64), -torch.rand(500, 64)))
     # Norms that differ by six orders of magnitude.
-    assert_identical(
-        search, torch.randn(400, 64) * torch.logspace(-3, 3, 400)[:, None], torch.randn(400, 64)
-    )
+    images = torch.randn(400, 64) * torch.logspace(-3, 3, 400)[:, None]
+    assert_identical(search, batch_of(images, torch.randn(400, 64)))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
@@ -93,26 +99,64 @@ def test_search_falls_back_on_too_many_candidates(share):
     collapsed = int(n * share)
     images[:collapsed] = images[0] + 1e-7 * torch.randn(collapsed, 64)
     captions[:collapsed] = images[0] + 1e-7 * torch.randn(collapsed, 64)
-    exact = OPS.hardest_negatives_exact(images, captions, None, None, n)
-    for a, b in zip(exact, OPS.hardest_negatives(images, captions, None, None, n), strict=True):
-        assert torch.equal(a, b)
+    ids = torch.arange(n) // 2, torch.arange(n) // 2
+    for batch in (batch_of(images, captions), batch_of(images, captions, ids, n - 30)):
+        assert_identical(OPS.hardest_negatives, batch)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability):
     """The dispatched kernels agree with the oracle whatever ATEN_CPU_CAPABILITY limits them to."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    tests = [
-        "test_losses.py::test_equals_the_formula",
-        "test_losses.py::test_integer_embeddings_are_exact",
-    ]
-    here = os.path.dirname(__file__)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k"]
-    command += ["cpu and (odd or extra or beyond)"]
-    command += [os.path.join(here, test) for test in tests]
+    tests = os.path.join(os.path.dirname(__file__), "test_ops.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k"]
+    command += ["several_tiles or ties or (other_dtypes and float32)"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
     assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("similarity", [DOT, ORDER])
+def test_opcheck(similarity):
+    """Schemas and fakes of all ops, with and without each option."""
+
+    def check(op, *arguments):
+        utils = ("test_schema", "test_faketensor")
+        op = getattr(OPS, op).default
+        torch.library.opcheck(op, arguments, test_utils=utils)
+        return op(*arguments)
+
+    r, c, k = 20, 30, 12
+    ids = torch.arange(24) // 5, torch.arange(40) // 5
+    whole = Batch(torch.randn(24, 8), torch.randn(40, 8), *ids, r, c, 3, 5, k, similarity)
+    g, d_positive, ceiling = torch.randn(r + c), torch.randn(k), torch.randn(r + c)
+    given = whole._replace(
+        images=torch.randn(24, 40), captions=None, image_ids=None, caption_ids=None
+    )
+    for batch in (whole, given):
+        check("positive_scores", *batch)
+        for need in ((True, True, True), (True, False, False), (False, True, False)):
+            hardest = check("hardest_negatives", *batch, ceiling)
+            check("hardest_negatives_backward", *batch, *hardest, d_positive, g, *need)
+            for save, limit in ((True, None), (False, ceiling)):
+                options = limit, 10.0, torch.tensor(2.0) if save else None
+                sums = check("negative_logsumexp", *batch, *options, save)
+                check(
+                    "negative_logsumexp_backward",
+                    *batch,
+                    *options,
+                    *sums,
+                    d_positive,
+                    g.double(),
+                    *need,
+                )
+                total, _, scores = check("hinge_sum", *batch, limit, g, save)
+                check("hinge_sum_backward", *batch, limit, g, total, scores, d_positive, g, *need)
+    for kind in range(4):
+        options = ids[0][:20], ids[1], 15, kind, 10.0, None, 0.2, 1.0, 0.5, True, True, True
+        pair = whole.images[:20], whole.captions
+        _, _, _, index, *saved = check("small_loss", *pair, *options)
+        check("small_loss_backward", *pair, index, *saved, torch.tensor(2.0), True, kind > 1)
 
 
 @pytest.mark.parametrize("loss", [all_negatives_loss, hinge_loss])

@@ -20,6 +20,10 @@ struct Best {
   void offer(int64_t i, const Best& other, int64_t at) {
     if (other.index[at] >= 0) offer(i, other.score[at], other.index[at]);
   }
+  void forget(int64_t i) {
+    score[i] = EXCLUDED<T>;
+    index[i] = -1;
+  }
 
   std::vector<T> score;
   std::vector<int64_t> index;
@@ -75,7 +79,7 @@ class Choosers {
 
 // For every row i of this side, in parallel: sum(i, weights, others), what the backward pass of the
 // hardest negatives adds up for it. `others` are rows of the other side: i's own positive and hardest
-// negative, and every anchor there whose hardest negative i is. Weights of 0 are left out.
+// negative, and every anchor there whose hardest negative i is, each once. Weights of 0 are left out.
 template <typename T, typename Sum>
 void gather(const Choice<T>& own, const Choice<T>& theirs, const T* d_positive, int64_t pair_count,
             const Sum& sum) {
@@ -88,6 +92,12 @@ void gather(const Choice<T>& own, const Choice<T>& theirs, const T* d_positive, 
       others.clear();
       const auto add = [&](T weight, int64_t row) {
         if (weight == 0) return;
+        // Choosers differ from each other: a repetition is among the first two.
+        for (size_t a = 0; a < std::min(others.size(), size_t{2}); ++a)
+          if (others[a] == row) {
+            weights[a] += weight;
+            return;
+          }
         weights.push_back(weight);
         others.push_back(row);
       };
