@@ -1,12 +1,9 @@
 """The data sets, the vocabulary and the model's standardisation."""
 
-import json
-
 import pytest
 import torch
 from tiny_data import IMAGES, write_tiny_data
 
-from training.data import InputError
 from training.digits import DIGITS, PITCH, SCENES, SIDE, load_digit_scenes
 from training.model import VSEModel
 from training.precomp import load_precomp
@@ -87,24 +84,11 @@ def test_precomp_captions_keep_unicode_and_windows_line_ends(tmp_path):
     assert data.dev.captions[0] == lines[0]
 
 
-def test_vocabulary(tmp_path):
+def test_vocabulary():
     vocabulary = Vocabulary.build(["A dog's ball .", "a DOG's tree.", "a well-known tree"])
     assert vocabulary.words == ["<padding>", "<unknown>", ".", "a", "dog's", "tree"]
     assert vocabulary.encode("A cat , a tree") == [3, 1, 1, 3, 5]
-    path = tmp_path / "vocabulary.json"
-    path.write_bytes(vocabulary.to_json())
-    assert Vocabulary.from_json(path).words == vocabulary.words == json.loads(path.read_text())
     assert tokenize("Été , l'eau!") == ["été", ",", "l'eau", "!"]
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{}", "[1, 2]", '["a", "b"]', '["<padding>", "<unknown>", 3]']
-)
-def test_bad_vocabulary(tmp_path, content):
-    path = tmp_path / "vocabulary.json"
-    path.write_text(content)
-    with pytest.raises(InputError, match=r"vocabulary\.json: not a vocabulary"):
-        Vocabulary.from_json(path)
 
 
 SIZES = {"features": 6, "words": 9, "word_size": 4, "hidden_size": 3, "joint_size": 5}
