@@ -102,7 +102,9 @@ def train(
             objective = options.objective(epoch)
             learning_rate = trainer.learning_rate(epoch * trainer.steps_per_epoch)
             for _ in run_epoch(trainer, objective, bar):
-                if time.monotonic() - saved_at >= CHECKPOINT_SECONDS:
+                # After the last step comes the line of the history, and then the checkpoint.
+                due = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
+                if due and not trainer.between_epochs:
                     save_state(output, about, trainer, history, best_model)
                     saved_at = time.monotonic()
             sums, captions = trainer.sums, len(trainer.captions)

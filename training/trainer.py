@@ -102,13 +102,16 @@ class Trainer:
             self.steps_done += 1
             yield value
 
+    @property
+    def between_epochs(self) -> bool:
+        return self.steps_done % self.steps_per_epoch == 0
+
     def state(self) -> dict:
         """What `load_state` goes on from, to the last bit; its keys are those of a checkpoint."""
-        between_epochs = self.steps_done % self.steps_per_epoch == 0
         return {
             "steps": self.steps_done,
-            "sums": dataclasses.asdict(Sums() if between_epochs else self.sums),
-            "random": [] if between_epochs else generator_states(self.options.device),
+            "sums": dataclasses.asdict(Sums() if self.between_epochs else self.sums),
+            "random": [] if self.between_epochs else generator_states(self.options.device),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],  # the rest follows from the options
         }
