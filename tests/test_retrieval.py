@@ -86,6 +86,15 @@ def test_perfect_embeddings():
     assert result.text_to_image.median_rank == result.image_to_text.mean_rank == 1
 
 
+def test_printed_without_the_rank_of_every_query():
+    eye = torch.eye(1000)
+    assert repr(evaluate_retrieval(eye, eye, ks=(1, 10))) == (
+        "Retrieval(image_to_text=Ranking(recalls={1: 100.0, 10: 100.0}, median_rank=1.0,"
+        " mean_rank=1.0, ranks=<1000>), text_to_image=Ranking(recalls={1: 100.0, 10: 100.0},"
+        " median_rank=1.0, mean_rank=1.0, ranks=<1000>))"
+    )
+
+
 def test_one_image():
     assert evaluate_retrieval(torch.ones(1, 3), -torch.ones(5, 3)).rsum == 600
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,22 +15,32 @@ from tiny_data import TINY, train, write_tiny_data
 ROOT = Path(__file__).parent.parent
 FLAGS = (*TINY, "--loss", "hardest_negative", "--seed", "3")  # the second epoch leaves the warm-up
 
-# Runs the trainer, and kills it at the n-th call of a function.
+# Runs the trainer, and sends it a signal at the n-th call of a function.
 SUICIDE = """
 import os, signal, sys, torch
-owner, name, calls, *argv = sys.argv[1:]
+import train_reference
+number, seconds, owner, name, calls, *argv = sys.argv[1:]
+train_reference.CHECKPOINT_SECONDS = float(seconds)
 owner = {"os": os, "Adam": torch.optim.Adam}[owner]
 function, left = getattr(owner, name), int(calls)
 def counted(*args, **kwargs):
     global left
     left -= 1
     if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(number))
     return function(*args, **kwargs)
 setattr(owner, name, counted)
-import train_reference
-train_reference.main(argv)
+sys.argv[0] = train_reference.__file__
+sys.exit(train_reference.main(argv))
 """
+
+
+def run_until(kill, argv, number=signal.SIGKILL):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SUICIDE, int(number), *kill, *argv]
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +67,10 @@ def assert_same_run(run, expected):
     for name in ("best.pt", "checkpoint.pt"):
         ours, theirs = (torch.load(d / name, weights_only=True) for d in (run, expected))
         for content in (ours, theirs):
-            for line in content.get("history", []):
-                del line["seconds"]
+            if name == "checkpoint.pt":
+                del content["sha256"]  # which is that of the seconds, too
+                for line in content["history"]:
+                    del line["seconds"]
         assert_same(ours, theirs)
     assert {p.name for p in run.iterdir()} - {p.name for p in expected.iterdir()} == set()
 
@@ -79,30 +92,70 @@ def assert_same(ours, theirs):
 
 
 # 8 steps an epoch. fsync is called twice a file (the file, then its directory), in this order:
-# vocabulary, checkpoint, best; then for each epoch checkpoint, best, metrics, curves.
+# checkpoint, best; then for each epoch checkpoint, best, metrics, curves. With 0 seconds from one
+# checkpoint to the next, there is another one after every step but an epoch's last.
 KILLS = {
-    "in the first epoch": ("Adam", "step", 3),
-    "in the middle of the second epoch": ("Adam", "step", 13),
-    "with half of a checkpoint written": ("os", "fsync", 15),
-    "between the checkpoint and the best model": ("os", "fsync", 9),
-    "before the metrics are renamed": ("os", "replace", 10),
-    "before the last metrics": ("os", "fsync", 31),
+    "in the first epoch": (120, "Adam", "step", 3),
+    "in the middle of the second epoch": (120, "Adam", "step", 13),
+    "with half of a checkpoint written": (120, "os", "fsync", 13),
+    "between the checkpoint and the best model": (120, "os", "fsync", 7),
+    "before the metrics are renamed": (120, "os", "replace", 9),
+    "before the last metrics": (120, "os", "fsync", 29),
+    "after a checkpoint in the first epoch": (0, "Adam", "step", 3),
+    "after the last step of an epoch": (0, "os", "fsync", 19),
+    "with half of a checkpoint in the second epoch written": (0, "os", "fsync", 31),
 }
 
 
 @pytest.mark.parametrize("kill", KILLS)
 def test_sigkill_and_resume(kill, data, unbroken, tmp_path):
-    owner, name, calls = KILLS[kill]
     run = tmp_path / "run"
-    argv = [*FLAGS, "--data", str(data), "--output", str(run)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SUICIDE, owner, name, str(calls), *argv]
-    process = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    process = run_until(KILLS[kill], [*FLAGS, "--data", data, "--output", run])
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert metrics_are_whole(run)
 
     assert train("--output", run, "--resume") == 0
     assert_same_run(run, unbroken)
+
+
+def test_a_resumed_run_goes_on_within_the_epoch(data, unbroken, tmp_path, monkeypatch, capsys):
+    step, calls = torch.optim.Adam.step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 13:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr("train_reference.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    run = tmp_path / "run"
+    assert train(*FLAGS, "--data", data, "--output", run) == 130
+    assert train("--output", run, "--resume") == 0
+    assert len(calls) == 25  # the interrupted one was called twice
+    assert_same_run(run, unbroken)
+
+
+def test_an_interrupted_run_says_what_resumes_it(data, unbroken, tmp_path):
+    run = tmp_path / "a run"
+    argv = [*FLAGS, "--data", data, "--output", run]
+    process = run_until((120, "Adam", "step", 13), argv, signal.SIGINT)
+    assert process.returncode == 130, process.stderr
+    message = process.stderr.splitlines()[-1]
+    before, command = message.split("interrupted; this continues: ")
+    assert not before.strip()
+    assert subprocess.run(shlex.split(command), check=False).returncode == 0
+    assert_same_run(run, unbroken)
+
+
+def test_interrupted_before_there_is_anything_to_resume(data, tmp_path, monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train_reference.load_data", interrupted)
+    assert train(*FLAGS, "--data", data, "--output", tmp_path / "run") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not (tmp_path / "run").exists()
 
 
 def metrics_are_whole(run):
@@ -113,9 +166,7 @@ def metrics_are_whole(run):
 def test_killed_before_the_first_checkpoint(data, unbroken, tmp_path):
     run = tmp_path / "run"
     argv = [*FLAGS, "--data", str(data), "--output", str(run)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SUICIDE, "os", "fsync", "3", *argv]
-    subprocess.run(command, env=environment, capture_output=True, check=False)
+    run_until((120, "os", "fsync", 1), argv)
     assert not (run / "checkpoint.pt").exists()
     assert train(*argv) == 0
     assert_same_run(run, unbroken)

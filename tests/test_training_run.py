@@ -1,17 +1,22 @@
 """A whole run: what it writes and shows, the warm-up, the plateau, and --validate."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_data import TINY, train, write_tiny_data
 
 import fused_vse
-from training import comparison, objective
+from training import comparison, objective, report, retrieved
 from training.checkpoint import load_best
 from training.model import VSEModel
-from training.objective import LOSSES, Objective
+from training.objective import HARDEST_LOSSES, LOSSES, Objective
+from training.precomp import load_precomp
 
 PNG = b"\x89PNG"
 
@@ -46,6 +51,8 @@ def test_every_loss_learns(loss, data, tmp_path, capsys):
     assert "test text to image" in shown.out
     assert f"{last['test']['rsum']:.1f}" in shown.out
     assert (run / "curves.png").read_bytes().startswith(PNG)
+    assert f"text to image {last['true_at_1']['text_to_image']:.1f} %" in shown.out
+    assert (run / "retrieved.txt").read_text().count("right") > 6
 
 
 def test_the_best_model_can_be_used(data, tmp_path):
@@ -67,6 +74,86 @@ def test_digits_end_to_end(tmp_path, capsys, monkeypatch):
         run = tmp_path / "runs" / f"digits-all_negatives-{number}"
         assert (run / "retrieved.png").read_bytes().startswith(PNG)
         assert str(run.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def test_what_is_retrieved_is_told_apart(tmp_path):
+    """Own, true of the query although not its own, or neither; README.md counts the second too."""
+    test = load_precomp(write_tiny_data(tmp_path / "data")).test
+    captions = torch.eye(80)
+    images = torch.zeros(16, 80)
+    (i, j), *_ = (
+        (i, j)
+        for j in range(80)
+        for i in range(16)
+        if test.is_true(j, i) and test.owners[j] != i and test.owners[j] == 0
+    )
+    wrong = next(k for k in range(80) if not test.is_true(k, 0))
+    images[0, [0, wrong]] = torch.tensor([0.5, 0.7])
+    images[i, j] = 0.9  # caption j, of image 0, finds image i
+    images[0, j] = 0.4
+    found = retrieved.retrieve(test, images, captions)
+    assert [(a.caption, a.verdict) for a in found.captions[0][:2]] == [
+        (wrong, "wrong"),
+        (0, "right"),
+    ]
+    assert found.captions[0][0].score == pytest.approx(0.7)
+    shown = retrieved.as_text(test, found)
+    assert f"   0.700  wrong      {test.captions[wrong]}" in shown
+    shares = retrieved.true_at_1(test, images, captions)
+    best = (captions @ images.T).argmax(1).tolist()
+    right = [test.is_true(caption, image) for caption, image in enumerate(best)]
+    assert best[j] == i and right[j]
+    assert shares["text_to_image"] == pytest.approx(100 * sum(right) / 80)
+
+
+def history_line(epoch, phase, **changes):
+    ranking = {"R@1": 10.0 * epoch, "R@5": 50.0, "R@10": 60.0}
+    share = 1 / epoch if phase in HARDEST_LOSSES else None
+    line = {"epoch": epoch, "phase": phase, "loss": 9 / epoch, "active_share": share}
+    line |= {"learning_rate": 1 / epoch, "best": epoch < 4}
+    return line | {"dev": {"image_to_text": ranking, "text_to_image": ranking, "rsum": 100.0}}
+
+
+def test_curves(monkeypatch):
+    """A panel for the loss of each phase, with its plateau, and no legend on the data."""
+    figures = []
+    monkeypatch.setattr(report, "png", lambda figure: figures.append(figure) or b"")
+    phases = ["all_negatives", "all_negatives", "hardest_negative", "hardest_negative"]
+    history = [history_line(epoch, phase) for epoch, phase in enumerate(phases, 1)]
+    report.curves(history, {"all_negatives": None, "hardest_negative": 8.0})
+    (figure,) = figures
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert list(panels) == [
+        *("training loss: all_negatives", "training loss: hardest_negative", "dev rsum"),
+        *("dev recall (%)", "active share (%): anchors with a violation"),
+        "learning rate at the start",
+    ]
+    lines = panels["training loss: hardest_negative"].get_lines()
+    assert lines[0].get_xydata().tolist() == [[3, 3], [4, 9 / 4]]
+    assert list(lines[1].get_ydata()) == [8, 8]
+    assert panels["dev rsum"].get_lines()[1].get_label() == "best epoch: 3"
+    figure.canvas.draw()
+    for axes in panels.values():
+        if axes.get_legend():
+            legend, data = axes.get_legend().get_window_extent(), axes.get_window_extent()
+            assert not legend.overlaps(data)
+
+
+def test_threads_that_wait_sleep():
+    """Spinning ones take the processor from the thread that they wait for, on a loaded machine."""
+    code = "import train_reference"
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_DISPLAY_ENV": "true"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    policies = re.findall(r"OMP_WAIT_POLICY = '(\w+)'", shown)
+    if not policies:
+        pytest.skip("this torch has another OpenMP library than GNU's")
+    assert set(policies) == {os.environ.get("OMP_WAIT_POLICY", "passive").upper()}
 
 
 def test_ids_reach_the_loss(data, tmp_path, monkeypatch):
@@ -142,9 +229,6 @@ def replace_fused(monkeypatch, name, broken):
         return broken(lambda i, c: exact(i, c, backend="reference", **options), images, captions)
 
     monkeypatch.setattr(objective, name, replaced)
-    monkeypatch.setattr(
-        "train_reference.backends", lambda: dict.fromkeys(("reference", "cpu"), "available")
-    )
 
 
 def in_float64(loss, images, captions):
