@@ -34,10 +34,16 @@ def backends() -> dict[str, str]:
 
 
 def _status(name: str) -> str:
-    on_request = getattr(_FUSED[name], "ON_REQUEST", None)
-    return _FUSED[name].UNAVAILABLE or (
-        f"available on request; {on_request}" if on_request else "available"
+    return _reason(_FUSED[name]) or (
+        f"available on request; {_NEVER_MEASURED}" if name == "cuda" else "available"
     )
+
+
+_NEVER_MEASURED = "not chosen by auto: never measured on a GPU"
+
+
+def _reason(module: ModuleType) -> str | None:
+    return module.unavailable() if hasattr(module, "unavailable") else module.UNAVAILABLE
 
 
 def select(backend: str, device: torch.device, family: str = "dot") -> str:
@@ -69,36 +75,36 @@ def select(backend: str, device: torch.device, family: str = "dot") -> str:
 
 def is_left_to_ops(requested: str, selected: str) -> bool:
     """Whether `select_for_op` is to choose the backend of each op, rather than `select` that of all."""
-    return bool(cuda.MEASURED) and requested == AUTO and selected == "triton"
+    return False
 
 
 def select_for_op(op: str, images: torch.Tensor, captions: torch.Tensor) -> str:
     """What "auto" takes for one statistic of the dot product: cuda only in place of Triton, which it needs
     for the backward pass."""
-    return "cuda" if cuda.is_measured_ahead(op, images, captions) else "triton"
+    return "triton"
 
 
 @torch.compiler.assume_constant_result
 def _unavailable(name: str, family: str = "dot") -> str | None:
     # A backend may look at the hardware the first time: nothing for the compiler to trace.
     module = _FUSED[name]
-    if module.UNAVAILABLE is None and family not in _families(module):
+    if _reason(module) is None and family not in _families(module):
         others = [
             repr(other)
             for other, candidate in _FUSED.items()
             if candidate.DEVICE == module.DEVICE and family in _families(candidate)
         ]
         return f"it has no {FAMILY_NAMES[family]} yet; use backend={' or '.join([*others, repr(REFERENCE)])}"
-    return module.UNAVAILABLE
+    return _reason(module)
 
 
 @torch.compiler.assume_constant_result
 def _why_not_automatic(name: str, family: str) -> str | None:
-    return getattr(_FUSED[name], "ON_REQUEST", None) or _unavailable(name, family)
+    return _NEVER_MEASURED if name == "cuda" else _unavailable(name, family)
 
 
 def _families(module: ModuleType) -> tuple[str, ...]:
-    return getattr(module, "FAMILIES", ("dot",))
+    return getattr(module, "FAMILIES", ("loss",))
 
 
 def _automatic(device: torch.device, family: str) -> str:

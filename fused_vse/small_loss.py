@@ -34,11 +34,11 @@ def backend_for(
         return None
     module = _BACKENDS[name]
     if backend == "auto":
-        ahead = module.is_ahead_in_small_losses(batch.images, batch.captions)
+        ahead = name == "cpu" and module.is_ahead_in_small_losses(batch.images, batch.captions)
         return name if ahead and _unsupported(module, batch, reduction) is None else None
     select(backend, batch.images.device, "loss")
     reason = _unsupported(module, batch, reduction)
-    if reason is not None and "dot" not in module.FAMILIES:
+    if reason is not None and name == "cuda":
         shapes = f"{list(batch.images.shape)} and {list(batch.captions.shape)}"
         raise RuntimeError(
             f"backend={name!r} {reason}, got {batch.images.dtype} of shapes {shapes} and"
@@ -74,7 +74,13 @@ def small_loss(
     """The reduced loss, and the detached statistics that came with it."""
     images, captions, *pairs = batch
     if normalize:
-        images, captions = l2_normalize(images, backend), l2_normalize(captions, backend)
+        if backend == "cpu":
+            images, captions = l2_normalize(images, backend), l2_normalize(captions, backend)
+        else:
+            normalize = torch.nn.functional.normalize
+            images, captions = (
+                normalize(x.float(), eps=1e-12).to(x.dtype) for x in (images, captions)
+            )
     scale, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
     arguments = images, captions, *pairs, kind, scale, scale_tensor, margin, *weights
     mean = reduction == "mean"
@@ -89,17 +95,18 @@ def small_loss(
 class _SmallLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        loss, *unit, positive, score, index = torch.ops.fused_vse_cuda.small_loss.default(
+        loss, positive, score, index, *unit = torch.ops.fused_vse_cuda.small_loss.default(
             *arguments
         )
         ctx.mark_non_differentiable(positive, score, index)
-        ctx.save_for_backward(*unit, arguments[0])  # for its dtype
-        return loss, positive, score, index
+        ctx.save_for_backward(*arguments[:2], index, *unit)
+        return loss, positive, score.view(2, -1), index.view(2, -1)
 
     @staticmethod
     def backward(ctx, d_loss, *_):
-        scale_gradients = torch.ops.fused_vse_cuda.scale_gradients.default
-        gradients = scale_gradients(d_loss, *ctx.saved_tensors)
+        gradients = torch.ops.fused_vse_cuda.small_loss_backward.default(
+            *ctx.saved_tensors, d_loss, *ctx.needs_input_grad[:2]
+        )
         return *_first_order(ctx, gradients), None, None
 
 
