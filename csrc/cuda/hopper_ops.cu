@@ -86,7 +86,7 @@ void with_element(const Tensor& x, const F& f) {
 }
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
+  return unsigned((items + per_block - 1) / per_block);
 }
 
 // One call: the survey of its embeddings, then passes over pieces of S.
@@ -120,15 +120,9 @@ class Pass {
 
   template <typename Problem>
   void run(const Rectangle& rectangle, const Problem& problem) {
-    Walk walk{};
-    walk.rectangle = rectangle;
-    walk.raster = Raster::of(rectangle);
-    walk.row_anchors = static_cast<int>(batch_.row_anchors);
-    walk.column_anchors = static_cast<int>(batch_.column_anchors);
-    walk.pair_row = static_cast<int>(batch_.pair_row);
-    walk.pair_column = static_cast<int>(batch_.pair_column);
-    walk.pair_count = static_cast<int>(batch_.pair_count);
-    walk.depth_steps = static_cast<int>((d + TILE_DEPTH - 1) / TILE_DEPTH);
+    const Batch& x = batch_;
+    Walk walk{rectangle,       Raster::of(rectangle), int(x.row_anchors), int(x.column_anchors),
+              int(x.pair_row), int(x.pair_column),    int(x.pair_count),  int(blocks_for(d, TILE_DEPTH))};
     Tensor ranges;
     if (image_ids_) {
       const int tiles = rectangle.row_tiles() + rectangle.column_tiles();
@@ -261,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, Option
                                 pass.bounds(),
                                 scale,
                                 data<double>(exact_scale),
-                                static_cast<float>(std::max(pass.n, pass.m)),
+                                float(std::max(pass.n, pass.m)),
                                 data<Exponent>(exponent)};
       },
       [&](dim3 grid, const Merge& merge) {
@@ -277,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> hinge_sum(const Batch& batch, OptionalTensor 
   Pass pass(batch);
   check_numbers("threshold", threshold, batch.images, ScalarType::Float, pass.anchors);
   const Tensor thresholds = torch::stable::contiguous(threshold);
-  const Hinge hinge{data<float>(thresholds), static_cast<int>(pass.anchors) - 1};
+  const Hinge hinge{data<float>(thresholds), int(pass.anchors) - 1};
   const Tensor total = pass.floats(pass.anchors), active = pass.integers(pass.anchors);
   pass.run_in_pieces([&](const Partials& partials) { return HingeProblem{partials, hinge}; },
                      [&](dim3 grid, const Merge& merge) {
