@@ -668,7 +668,7 @@ def main() -> None:
         started, why = time.time(), ""
         try:
             check.run()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - any is a finding
             why = str(error).strip() or traceback.format_exc(limit=-1)
             if not isinstance(error, (AssertionError, RuntimeError)):
                 why = traceback.format_exc(limit=-3)
