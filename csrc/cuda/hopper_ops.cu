@@ -161,13 +161,13 @@ class Pass {
     const int64_t columns = batch_.column_anchors;
     const auto pieces = in_pieces(piece_height(WORKSPACE_BYTES, partial_bytes_per_row(m, columns)));
     const PartialSizes sizes = partial_sizes(pieces, columns);
-    const Tensor of_rows = floats(sizes.rows), of_columns = floats(sizes.columns);
+    const Tensor of_rows = bytes(sizes.rows), of_columns = bytes(sizes.columns);
     bool first = true;
     for (const Rectangle& piece : pieces) {
-      const Partials partials{data<float>(of_rows), data<float>(of_columns), piece, columns};
+      const Partials partials{of_rows.data_ptr(), of_columns.data_ptr(), piece, batch_.row_anchors, columns};
       run(piece, make(partials));
       merge(dim3(blocks_for(std::max<int64_t>(columns, piece.rows()), ROW_THREADS), 2),
-            Merge{bounds(), d, batch_.row_anchors, partials, first});
+            Merge{bounds(), d, partials, first});
       check_launch();
       first = false;
     }
@@ -244,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, Option
   Pass pass(batch);
   OptionalTensor exact_scale;
   if (scale_tensor) {
-    check_numbers("scale_tensor", *scale_tensor, batch.images, ScalarType::Float, 1);
+    check_floats("scale_tensor", *scale_tensor, batch.images, 1);
     exact_scale = torch::stable::to(*scale_tensor, ScalarType::Double);
   }
   const Tensor exponent = pass.bytes(sizeof(Exponent));
@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor> hinge_sum(const Batch& batch, OptionalTensor 
                                              bool save_scores) {
   refuse(ceiling, save_scores);
   Pass pass(batch);
-  check_numbers("threshold", threshold, batch.images, ScalarType::Float, pass.anchors);
+  check_floats("threshold", threshold, batch.images, pass.anchors);
   const Tensor thresholds = torch::stable::contiguous(threshold);
   const Hinge hinge{data<float>(thresholds), int(pass.anchors) - 1};
   const Tensor total = pass.floats(pass.anchors), active = pass.integers(pass.anchors);
