@@ -160,25 +160,20 @@ struct Batch {
     return rectangles(n, m, row_anchors, column_anchors, height);
   }
 
-  // reduce_tile as above, with a sink; then merge(partial, slots) for every anchor of each piece, which
-  // returns the item to carry over.
+  // reduce_tile as above, with a sink; then merge(slots) for every anchor of each piece.
   template <typename F, typename G>
   void walk_in_pieces(const F& reduce_tile, const G& merge) const {
     const auto pieces = in_pieces(piece_height(workspace_bytes, partial_bytes_per_row(m, column_anchors)));
     const PartialSizes sizes = partial_sizes(pieces, column_anchors);
-    std::vector<float> rows(sizes.rows, NAN), columns(sizes.columns, NAN);
+    std::vector<float> rows(sizes.rows / 4, NAN), columns(sizes.columns / 4, NAN);
     bool first = true;
     for (const Rectangle& piece : pieces) {
-      const Partials sink{rows.data(), columns.data(), piece, column_anchors};
+      const Partials partials{rows.data(), columns.data(), piece, row_anchors, column_anchors};
       walk(piece,
-           [&](const Scores& scores, const Walk& w, Tile tile) { reduce_tile(scores, w, tile, sink); });
-      for (const bool is_column : {false, true})
-        for (int64_t at = 0; at < std::max<int64_t>(column_anchors, piece.rows()); ++at) {
-          const Slots slots = slots_of(piece, row_anchors, column_anchors, first, is_column, at);
-          if (!slots.exists) continue;
-          const auto item = merge(is_column ? columns.data() : rows.data(), slots);
-          if (is_column) Partials::store(columns.data(), 0, slots.anchors, slots.at, item);
-        }
+           [&](const Scores& scores, const Walk& w, Tile tile) { reduce_tile(scores, w, tile, partials); });
+      for (const bool of_columns : {false, true})
+        for (int64_t at = 0; at < std::max<int64_t>(column_anchors, piece.rows()); ++at)
+          if (const Slots slots = partials.slots(of_columns, first, at); slots.exists) merge(slots);
       first = false;
     }
   }
@@ -214,11 +209,10 @@ int model_logsumexp(const Batch* batch, double scale, float max_image_square, fl
         else
           reduce(scores, LogsumexpTwoExp{exponent}, sink, walk, tile);
       },
-      [&](const float* partial, const Slots& slots) {
-        const ScaledSum<double> sum = merge_logsumexp(partial, slots, exponent);
+      [&](const Slots& slots) {
+        const ScaledSum<double> sum = merge_logsumexp(slots, exponent);
         reference[slots.number] = finite(sum.reference);
         sums[slots.number] = log_sum(sum, exponent);
-        return ScaledSum<float>{float(sum.total), sum.reference};
       });
   return exponent.valid() ? exponent.one : -1;
 }
@@ -228,11 +222,10 @@ void model_hinge(const Batch* batch, const float* threshold, float* total, int64
   const Hinge hinge{threshold, int(batch->anchors()) - 1};
   batch->walk_in_pieces([&](const Scores& scores, const Walk& walk, Tile tile,
                             const Partials& sink) { reduce(scores, hinge, sink, walk, tile); },
-                        [&](const float* partial, const Slots& slots) {
-                          const HingeTotal sum = merge_hinge(partial, slots);
+                        [&](const Slots& slots) {
+                          const HingeTotal sum = merge_hinge(slots);
                           total[slots.number] = float(sum.total);
                           active[slots.number] = sum.active;
-                          return Hinge::Item{float(sum.total), int(sum.active)};
                         });
 }
 
@@ -298,9 +291,9 @@ void advance(int* stage, int* phase, int steps) {
   *phase = int(position.phase);
 }
 
-// pieces [*, 3] and the floats of partial results for rows and for columns; returns how many pieces.
+// pieces [*, 3] and the bytes of partial results for rows and for columns; returns how many pieces.
 int pieces(int64_t n, int64_t m, int64_t row_anchors, int64_t column_anchors, int64_t workspace_bytes,
-           int* out, int64_t* floats) {
+           int* out, int64_t* bytes) {
   const int64_t height = piece_height(workspace_bytes, partial_bytes_per_row(m, column_anchors));
   const auto all = rectangles(n, m, row_anchors, column_anchors, height);
   int* at = out;
@@ -310,8 +303,8 @@ int pieces(int64_t n, int64_t m, int64_t row_anchors, int64_t column_anchors, in
     *at++ = piece.num_columns;
   }
   const PartialSizes sizes = partial_sizes(all, column_anchors);
-  floats[0] = sizes.rows;
-  floats[1] = sizes.columns;
+  bytes[0] = sizes.rows;
+  bytes[1] = sizes.columns;
   return int(all.size());
 }
 

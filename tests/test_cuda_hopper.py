@@ -124,10 +124,10 @@ def test_ring_position_counts_like_an_integer():
 
 
 def pieces_of(n, m, row_anchors, column_anchors, workspace):
-    out, floats = ints(*[0] * 30000), (ctypes.c_int64 * 2)()
+    out, sizes = ints(*[0] * 30000), (ctypes.c_int64 * 2)()
     arguments = map(ctypes.c_int64, (n, m, row_anchors, column_anchors, workspace))
-    count = hopper_model.library().pieces(*arguments, out, floats)
-    return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)], list(floats)
+    count = hopper_model.library().pieces(*arguments, out, sizes)
+    return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)], list(sizes)
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 20, LARGE])
@@ -146,22 +146,22 @@ def pieces_of(n, m, row_anchors, column_anchors, workspace):
 )
 def test_pieces_cover_what_anchors_see(shape, workspace):
     n, m, r, c = shape
-    pieces, floats = pieces_of(n, m, r, c, workspace)
+    pieces, sizes = pieces_of(n, m, r, c, workspace)
     for begin, end, columns in ((0, r, m), (r, n, c)):
         mine = [p for p in pieces if begin <= p[0] < end]
         assert all(p[0] < p[1] and p[2] == columns for p in mine)
         rows = [row for start, stop, _ in mine for row in range(start, stop)]
         assert rows == (list(range(begin, end)) if columns else [])
-    row_floats = [2 * -(-columns // 192) * (stop - start) for start, stop, columns in pieces]
-    column_floats = [2 * (-(-(stop - start) // 128) + 1) * c for start, stop, _ in pieces]
-    assert floats == [max(row_floats, default=0), max(column_floats, default=0)]
+    of_rows = [8 * -(-columns // 192) * (stop - start) for start, stop, columns in pieces]
+    of_columns = [8 * (-(-(stop - start) // 128) + 1) * c for start, stop, _ in pieces]
+    assert sizes == [max(of_rows, default=0), max(of_columns, default=0)]
 
 
 @pytest.mark.parametrize("size", [4096, 32768, 262144])
 def test_partial_results_stay_within_the_workspace(size):
-    pieces, floats = pieces_of(size, size, size, size, LARGE)
+    pieces, sizes = pieces_of(size, size, size, size, LARGE)
     # One slot of the columns beyond those of the tiles carries over.
-    assert 4 * sum(floats) <= LARGE + 8 * size
+    assert sum(sizes) <= LARGE + 8 * size
     assert size > 32768 or len(pieces) == 1
 
 

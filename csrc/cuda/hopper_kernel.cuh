@@ -48,8 +48,6 @@ struct __align__(1024) Stage {
 constexpr int STAGE_BYTES = sizeof(Stage);
 constexpr int SHARE_BYTES = SHARE_COLS * TILE_DEPTH * 2;
 
-constexpr int MAX_ITEM_BYTES = 8;
-
 template <typename Prepared>
 struct Shared {
   Stage stages[STAGES];

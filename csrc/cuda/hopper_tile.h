@@ -42,6 +42,8 @@ constexpr int CHUNK_COLS = 32;  // columns that are reduced together: one a lane
 constexpr int LANE_COLS = 8;    // of them in one thread's registers ("items")
 constexpr int CHUNKS = TILE_COLS / CHUNK_COLS;
 
+constexpr int MAX_ITEM_BYTES = 8;  // what a statistic keeps of some scores
+
 // One thread's scores, as wgmma.m64n192 leaves them.
 using Fragment = float[BLOCKS][ACCUMULATORS];
 
