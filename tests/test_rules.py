@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
+from fused_vse.backends import cpu
 
 ALL = {
     "all_negatives": lambda *x, **k: all_negatives_loss(*x, **k),
@@ -117,15 +118,13 @@ def test_double_backward_through_the_temperature(name, loss_backend):
 
     expected = mixed("reference")
     assert expected[0].abs().sum() > 0
-    try:
-        results = mixed(loss_backend)
-    except RuntimeError as error:
-        assert "double backward" in str(error)
-        assert loss_backend != "reference"
-    else:
-        assert name != "all_negatives" or loss_backend == "reference"
-        for got, want in zip(results, expected, strict=True):
-            assert_close(got, want, 1e-12)
+    composed = cpu.SMALL_ROWS == 0  # the formulas of the hardest losses are plain PyTorch then
+    if loss_backend != "reference" and (name == "all_negatives" or not composed):
+        with pytest.raises(RuntimeError, match="double backward"):
+            mixed(loss_backend)
+        return
+    for got, want in zip(mixed(loss_backend), expected, strict=True):
+        assert_close(got, want, 1e-12)
 
 
 def test_two_forwards_before_one_backward_and_retained_graph(loss, loss_backend):
