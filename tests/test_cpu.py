@@ -11,7 +11,7 @@ from conftest import assert_close
 
 import fused_vse
 from fused_vse import all_negatives_loss, hinge_loss
-from fused_vse.ops import DOT, ORDER, Batch
+from fused_vse.ops import ALL_NEGATIVES, DOT, HARDEST, HARDEST_SMOOTH, HINGE_SUM, ORDER, Batch
 
 pytestmark = pytest.mark.skipif(
     fused_vse.backends()["cpu"] != "available", reason=fused_vse.backends()["cpu"]
@@ -157,6 +157,72 @@ def test_opcheck(similarity):
         pair = whole.images[:20], whole.captions
         _, _, _, index, *saved = check("small_loss", *pair, *options)
         check("small_loss_backward", *pair, index, *saved, torch.tensor(2.0), True, kind > 1)
+
+
+def small_loss_formula(batch, kind, scale, margin, weights):
+    """With S attached to the graph; anchors without negatives contribute 0."""
+    scores = oracle.scores_of(batch)
+    total, k = 0.0, batch.pair_count
+    positive = scores.s.diagonal()[:k]
+    masked = [scores.s.masked_fill(~x, -torch.inf) for x in scores.counts]
+    for s, weight in zip((masked[0][:k], masked[1][:, :k].T), weights, strict=True):
+        s, p = s[s.isfinite().any(1)], positive[s.isfinite().any(1)]
+        violation = s.amax(1) - p + margin
+        if kind == ALL_NEGATIVES:
+            losses = torch.nn.functional.softplus(
+                (scale * (s - p[:, None] + margin)).logsumexp(1), threshold=100
+            )
+        elif kind == HARDEST:
+            losses = scale * violation.relu()
+        elif kind == HARDEST_SMOOTH:
+            losses = torch.nn.functional.softplus(scale * violation, threshold=100)
+        else:
+            losses = (s - p[:, None] + margin).relu().sum(1)
+        total = total + weight * losses.sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", [ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM])
+@pytest.mark.parametrize("ids", [None, "groups", "one"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)]
+)
+def test_small_loss(kind, ids, dtype, tolerance):
+    n, m, k = 45, 70, 33
+    pair = [normalize(torch.randn(size, 24)).to(dtype) for size in (n, m)]
+    if ids:
+        pair_of_ids = [torch.arange(size) // 5 * (ids == "groups") for size in (n, m)]
+    batch = batch_of(*pair, pair_of_ids if ids else (None, None), k)
+    margin, weights, wide = 0.3, (1.0, 0.25), torch.promote_types(dtype, torch.float32)
+    for scale in (12.5, torch.tensor(12.5, dtype=wide)):
+        options = (scale, None) if isinstance(scale, float) else (1.0, scale)
+        loss, positive, score, index, *saved = OPS.small_loss(
+            *batch[:4], k, kind, *options, margin, *weights, True, True, True
+        )
+        factor = torch.tensor(1.0 if kind == HINGE_SUM else 12.5, dtype=torch.float64)
+        leaves = [x.double().clone().requires_grad_() for x in (*pair, factor)]
+        attached = batch._replace(images=leaves[0], captions=leaves[1])
+        expected = small_loss_formula(attached, kind, leaves[2], margin, weights) / k
+        assert_close(loss, expected, max(tolerance / 10, 1e-12))
+        assert_close(positive, oracle.positive_scores(batch), 1e-6)
+        best, where = oracle.hardest_negatives(batch)
+        assert_close(score, best, 1e-6)
+        assert torch.equal(index, where)
+        want = [torch.zeros_like(x) for x in leaves]
+        if expected.requires_grad:
+            got = torch.autograd.grad(3 * expected, leaves, allow_unused=True)
+            want = [y if x is None else x for x, y in zip(got, want, strict=True)]
+        upstream = torch.tensor(3.0, dtype=wide)
+        got = OPS.small_loss_backward(*pair, index, *saved, upstream, True, True)
+        for x, y in zip(got, want, strict=True):
+            size = y.abs().max().clamp(min=1e-30)
+            assert_close(x.double() / size, y / size, tolerance)
+    pair[0][3, 2] = torch.nan
+    loss, _, score, index, *saved = OPS.small_loss(
+        *batch[:4], k, kind, 1.0, None, margin, *weights, True, True, True
+    )
+    gradients = OPS.small_loss_backward(*pair, index, *saved, upstream, True, False)
+    assert loss.isnan() and score.isnan().all() and gradients[0].isnan().all()
 
 
 @pytest.mark.parametrize("loss", [all_negatives_loss, hinge_loss])

@@ -1,12 +1,13 @@
 // hinge_sum on the CPU (ops.py).
 #include "sources.h"
+#include "statistics.h"
 
 namespace fused_vse {
 namespace {
 
 // The sum and the number of the hinges above 0 of every row, or of every column.
-struct Hinges {
-  explicit Hinges(int64_t size) : sum(size), active(size) {}
+struct SideHinges {
+  explicit SideHinges(int64_t size) : sum(size), active(size) {}
   void add(int64_t i, double s, int64_t count) {
     sum[i] += s;
     active[i] += count;
@@ -19,8 +20,8 @@ template <typename T, typename Source>
 bool forward(const Pass<T>& pass, Source& source, const PerAnchor<T>& threshold, T* hinge_sum,
              int64_t* active) {
   const int64_t num_rows = pass.batch.row_anchors, num_cols = pass.batch.column_anchors;
-  Hinges rows(num_rows), cols(num_cols);
-  std::vector<Hinges> group_cols(GROUPS, Hinges(pass.batch.m()));
+  SideHinges rows(num_rows), cols(num_cols);
+  std::vector<SideHinges> group_cols(pass.groups(), SideHinges(pass.batch.m()));
   std::vector<T> row_sum(pass.row_slots()), row_count(pass.row_slots());
 
   const auto task = [&](const Strip<T>& strip) {
@@ -41,9 +42,9 @@ bool forward(const Pass<T>& pass, Source& source, const PerAnchor<T>& threshold,
       }
   };
   if (!pass.run(source, task, finish)) return false;
-  for (const Hinges& group : group_cols)
+  for (const SideHinges& group : group_cols)
     for (int64_t c = 0; c < num_cols; ++c) cols.add(c, group.sum[c], group.active[c]);
-  for (const Hinges* side : {&rows, &cols}) {
+  for (const SideHinges* side : {&rows, &cols}) {
     hinge_sum = std::copy(side->sum.begin(), side->sum.end(), hinge_sum);
     active = std::copy(side->active.begin(), side->active.end(), active);
   }
@@ -55,8 +56,10 @@ PerAnchor<T> thresholds(const Batch& batch, const Tensor& threshold) {
   return {batch, vector_of<T>(threshold, "threshold", batch.anchors()), INFINITE<T>};
 }
 
-std::tuple<Tensor, Tensor, Tensor> hinge_sum(const Batch& batch, const OptionalTensor& ceiling,
-                                             const Tensor& threshold, bool save_scores) {
+}  // namespace
+
+Hinges hinge_sum(const Batch& batch, const OptionalTensor& ceiling, const Tensor& threshold,
+                 bool save_scores) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     Tensor sums = empty({batch.anchors()}, SCALAR_TYPE<T>);
@@ -94,8 +97,6 @@ Gradients hinge_sum_backward(const Batch& batch, const OptionalTensor& ceiling, 
         });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cpu, CPU, m) {
   m.impl("hinge_sum", TORCH_BOX(&WithBatch<&hinge_sum>::call));

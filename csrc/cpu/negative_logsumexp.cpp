@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "sources.h"
+#include "statistics.h"
 
 namespace fused_vse {
 namespace {
@@ -53,7 +54,7 @@ bool forward(const Pass<T>& pass, Source& source, double a, T* reference, double
   constexpr int64_t MERGED = 128;  // a task
   const int64_t num_rows = pass.batch.row_anchors, num_cols = pass.batch.column_anchors;
   RunningSums<T> rows(num_rows, a), cols(num_cols, a);
-  std::vector<RunningSums<T>> group_cols(GROUPS, RunningSums<T>(pass.batch.m(), a));
+  std::vector<RunningSums<T>> group_cols(pass.groups(), RunningSums<T>(pass.batch.m(), a));
   std::vector<T> row_max(pass.row_slots()), row_sum(pass.row_slots());
 
   const auto task = [&](const Strip<T>& strip) {
@@ -94,9 +95,10 @@ bool forward(const Pass<T>& pass, Source& source, double a, T* reference, double
   return true;
 }
 
-std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, const OptionalTensor& ceiling,
-                                                      double scale, const OptionalTensor& scale_tensor,
-                                                      bool save_scores) {
+}  // namespace
+
+LogSums negative_logsumexp(const Batch& batch, const OptionalTensor& ceiling, double scale,
+                           const OptionalTensor& scale_tensor, bool save_scores) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     Tensor reference = empty({batch.anchors()}, SCALAR_TYPE<T>);
@@ -115,6 +117,8 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, const 
     return std::make_tuple(reference, log_sum, kept.scores);
   });
 }
+
+namespace {
 
 // What the gradient needs of every anchor: exp(a (s - reference) - log_sum) a g = exp(a (s - reference))
 // weight. Where there is no anchor or no negative, the reference is so high that the exponential vanishes.
@@ -137,6 +141,8 @@ struct Weights {
   }
   PerAnchor<T> reference, weight;
 };
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     const Batch& batch, const OptionalTensor& ceiling, double scale, const OptionalTensor& scale_tensor,
@@ -166,8 +172,6 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     return std::tuple_cat(gradients, std::make_tuple(d_scale));
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cpu, CPU, m) {
   m.impl("negative_logsumexp", TORCH_BOX(&WithBatch<&negative_logsumexp>::call));

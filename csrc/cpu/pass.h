@@ -78,7 +78,8 @@ class Pass {
     return true;
   }
 
-  // Where a task keeps what it finds for a row of the tile.
+  // How many groups there are, and where a task keeps what it finds for a row of the tile.
+  int64_t groups() const { return std::min(GROUPS, divided_up(std::min(TILE_ROWS, batch.n()), STRIP_ROWS)); }
   int64_t row_slots() const { return row_slot(divided_up(std::min(TILE_COLS, batch.m()), PANEL), 0); }
   int64_t row_slot(int64_t panel, int64_t row) const { return panel * std::min(TILE_ROWS, batch.n()) + row; }
 
