@@ -17,15 +17,14 @@ from fused_vse.backends.triton import (  # noqa: E402
     certified,
     configs,
     hardest,
-    hinge,
-    logsumexp,
     order,
     rows,
+    walk,
 )
 
 # Bytes of shared memory of a multiprocessor: A100 and H100 / H200.
 SHARED = {80: 164 << 10, 90: 228 << 10}
-FAMILIES = (certified, hardest, hinge, logsumexp, order, rows)
+FAMILIES = (certified, hardest, order, rows, walk)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +64,9 @@ def test_compiles_without_spills(batch, compiled):
 
 
 def on_tensor_cores(launch: Launch) -> bool:
-    operand, source, precision = (
-        launch.arguments[name] for name in ("images_ptr", "SOURCE", "PRECISION")
-    )
+    operand, source, tiles = (launch.arguments[name] for name in ("images", "SOURCE", "TILES"))
     is_narrow = "bf16" in operand[0] or "fp16" in operand[0]
-    return source[1] == "dot" and (is_narrow or precision[1] == "tf32")
+    return source[1] == "dot" and (is_narrow or tiles[1].precision == "tf32")
 
 
 def test_nothing_is_forgotten():

@@ -133,9 +133,9 @@ def hardest_backward_kernel(
     )
     if order_ptr is not None:
         for number in tl.range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
-            position = tl.load(order_ptr + number)
-            acc += weight_of(upstream_ptr, score_ptr, position, True, SIDE) * pull_of(
-                others, position - others.first_anchor, mask_d, here, SIDE, ACC, BLOCK_D
+            source = tl.load(order_ptr + number)
+            acc += weight_of(upstream_ptr, score_ptr, source, True, SIDE) * pull_of(
+                others, source - others.first_anchor, mask_d, here, SIDE, ACC, BLOCK_D
             )
     else:
         offs = tl.arange(0, BLOCK_A)
@@ -143,11 +143,11 @@ def hardest_backward_kernel(
         chosen = tl.load(index_ptr + others.first_anchor + offs, mask=mask, other=-1) == row
         anchor = tl.min(tl.where(chosen, offs, NO_INDEX), 0)
         while anchor < NO_INDEX:
-            position = others.first_anchor + anchor
-            acc += weight_of(upstream_ptr, score_ptr, position, True, SIDE) * pull_of(
+            source = others.first_anchor + anchor
+            acc += weight_of(upstream_ptr, score_ptr, source, True, SIDE) * pull_of(
                 others, anchor, mask_d, here, SIDE, ACC, BLOCK_D
             )
             anchor = tl.min(tl.where(chosen & (offs > anchor), offs, NO_INDEX), 0)
     acc *= poison(score_ptr, num_row_anchors, num_anchors)
-    target = d_own_ptr + row.to(tl.int64) * D + offs_d
-    tl.store(target, acc.to(d_own_ptr.dtype.element_ty), mask=mask_d)
+    pointers = d_own_ptr + row.to(tl.int64) * D + offs_d
+    tl.store(pointers, acc.to(d_own_ptr.dtype.element_ty), mask=mask_d)
