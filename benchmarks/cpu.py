@@ -23,6 +23,7 @@ import torch
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss
+from fused_vse.arguments import check_batch
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -120,13 +121,13 @@ def float32_step(rows: int, dtype: str):
     """The fused hardest-negative step as a CPU without fast bfloat16 takes it, loss formula aside."""
     images, captions = embeddings(rows, dtype)
     ops = torch.ops.fused_vse_cpu
-    d_positive, d_score = torch.full((rows,), -20.0 / rows), torch.full((2, rows), 10.0 / rows)
+    batch = check_batch(images, captions, None, None, None, None, "dot", False)
+    d_positive, d_score = torch.full((rows,), -20.0 / rows), torch.full((2 * rows,), 10.0 / rows)
 
     def step():
-        positive, _, index = ops.hardest_negatives_in_float32(images, captions, None, None, rows)
-        ops.hardest_negatives_backward(
-            d_positive, d_score, positive, index, images, captions, True, True
-        )
+        ops.positive_scores(*batch)
+        found = ops.float32_hardest_negatives(*batch, None)
+        ops.hardest_negatives_backward(*batch, *found, d_positive, d_score, True, True, False)
 
     return step
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 from fused_vse.backends.cuda import SMALL_ROWS
-from fused_vse.backends.fakes import MAX_SAVED_SCORES
+from fused_vse.ops import MAX_SAVED_SCORES
 
 
 class Case(NamedTuple):

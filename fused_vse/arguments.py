@@ -3,40 +3,20 @@
 import math
 import numbers
 import reprlib
-from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
+from .normalization import l2_normalize
+from .ops import DOT, ORDER, Batch, accumulation_dtype
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Far beyond every use. Below, even float64 rounds logits of 1/τ by more than a gradient can bear, silently;
 # above, float32 would no longer tell an excluded entry from a score. The same range holds for reciprocals.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-10, 1e10
+SIMILARITIES = {"dot": DOT, "order": ORDER}
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Batch(NamedTuple):
-    """Checked embeddings, ids and number of pairs, as the statistics take them.
-
-    The first field of this and of ScoreMatrix, batch[0], has the device and the dtype of the input.
-    (No property, since torch.compile of torch 2.10 does not follow one of a NamedTuple.)
-    """
-
-    images: Tensor  # [N, D]
-    captions: Tensor  # [M, D]
-    image_ids: Tensor | None  # [N] int64
-    caption_ids: Tensor | None  # [M] int64
-    num_pairs: int  # K
-
-
-class ScoreMatrix(NamedTuple):
-    """A checked score matrix in place of embeddings, with ids and number of pairs."""
-
-    scores: Tensor  # [N, M]
-    image_ids: Tensor | None  # [N] int64
-    caption_ids: Tensor | None  # [M] int64
-    num_pairs: int  # K
 
 
 def shorten(value: object) -> str:
@@ -135,28 +115,48 @@ def check_embeddings(
 def check_batch(
     images: object,
     captions: object,
-    image_ids: object = None,
-    caption_ids: object = None,
-    num_pairs: object = None,
-    scores: object = None,
-) -> Batch | ScoreMatrix:
-    """Returns the checked batch; raises TypeError or ValueError naming the offending argument."""
+    scores: object,
+    image_ids: object,
+    caption_ids: object,
+    num_pairs: object,
+    similarity: object,
+    normalize: object,
+) -> Batch:
+    """Returns the checked batch of one process, normalised if asked to.
+
+    Raises:
+        TypeError, ValueError: names the offending argument.
+    """
+    if isinstance(similarity, str) and similarity == "cosine":
+        raise ValueError(
+            "similarity must be one of 'dot', 'order'; got 'cosine', which is 'dot' with normalize=True"
+        )
+    check_choice("similarity", similarity, tuple(SIMILARITIES))
+    normalize = check_flag("normalize", normalize)
     if scores is not None:
         if images is not None or captions is not None:
             raise TypeError("pass either images and captions or scores, not both")
         check_matrix("scores", scores, "[N, M]")
         sides = ("scores", scores, "scores.T", scores.T)
-        return ScoreMatrix(scores, *_check_pairs(image_ids, caption_ids, num_pairs, *sides))
-    missing = [name for name, x in (("images", images), ("captions", captions)) if x is None]
-    if missing:
-        raise TypeError(
-            f"{' and '.join(missing)} are missing: pass both embeddings, or a score matrix as scores="
-        )
-    images, captions = check_embeddings(images, captions)
-    if captions is images:
-        captions = captions.view_as(captions)  # torch.compile takes no tensor twice
-    sides = ("images", images, "captions", captions)
-    return Batch(images, captions, *_check_pairs(image_ids, caption_ids, num_pairs, *sides))
+        if normalize or similarity != "dot":
+            raise ValueError(
+                "normalize and similarity do not apply to given scores; leave them out"
+            )
+        images = scores
+    else:
+        missing = [name for name, x in (("images", images), ("captions", captions)) if x is None]
+        if missing:
+            raise TypeError(
+                f"{' and '.join(missing)} are missing: pass both embeddings, or a score matrix as scores="
+            )
+        images, captions = check_embeddings(images, captions)
+        if captions is images:
+            captions = captions.view_as(captions)  # torch.compile takes no tensor twice
+        if normalize:
+            images, captions = l2_normalize(images), l2_normalize(captions)
+        sides = ("images", images, "captions", captions)
+    *ids, k = _check_pairs(image_ids, caption_ids, num_pairs, *sides)
+    return Batch(images, captions, *ids, k, k, 0, 0, k, SIMILARITIES[similarity])
 
 
 def _check_pairs(
@@ -245,12 +245,6 @@ def _check_range(name: str, value: float) -> None:
             f"{name} must be between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}, beyond which rounding"
             f" would decide; got {value}"
         )
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: of the scores, the sums and the loss."""
-    # Not torch.promote_types, which torch 2.10 cannot trace in torch.compile.
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def inverse_temperature(temperature: float | Tensor, like: Tensor) -> float | Tensor:

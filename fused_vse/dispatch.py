@@ -1,118 +1,120 @@
-"""Which backend computes the statistics: names, availability with reasons, and the choice of "auto".
+"""Which backend computes an op: one question, `choose`.
 
 A backend is a module of `fused_vse.backends` with
-    UNAVAILABLE: the reason why it cannot be used here together with the remedy, or None;
     DEVICE: the type of device whose tensors it takes;
-    FAMILIES: optional, which families of ops it has: "dot" (default), "order", "scores", "loss";
-    ON_REQUEST: optional, why "auto" does not choose it for all tensors of DEVICE;
-and, registered under `torch.ops.fused_vse_<name>`, the ops that csrc/ops.h documents. The
-reference is plain PyTorch, takes any device and needs no ops.
+    unavailable(): why it cannot be used here and the remedy, or None;
+    takes(op, batch): why it cannot compute this op of this batch, or None if it can;
+    prefers(op, batch): whether "auto" is to take it, if it can;
+    STATUS: optional, what `backends` says in place of "available";
+and its ops under `torch.ops.fused_vse_<name>`, which ops.py documents. The reference is plain PyTorch,
+takes any device and needs no ops.
 """
 
+import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from .arguments import check_choice
+from .arguments import check_choice, check_string
 from .backends import cpu, cuda, triton
+from .ops import Batch
 
 AUTO, REFERENCE = "auto", "reference"
-FAMILY_NAMES = {
-    "dot": "statistics of the dot product",
-    "order": "order similarity",
-    "scores": "score-matrix losses",
-    "loss": "whole losses",
-}
-# In the order in which "auto" tries them; of cuda it takes only what `select_for_op` finds.
-_FUSED: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda}
+# In the order in which "auto" asks them.
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 
 def backends() -> dict[str, str]:
     """Every backend's name with "available", or the reason why it is not and the remedy."""
-    return {REFERENCE: "available", **{name: _status(name) for name in _FUSED}}
+    fused = {
+        name: module.unavailable() or getattr(module, "STATUS", "available")
+        for name, module in _BACKENDS.items()
+    }
+    return {REFERENCE: "available", **fused}
 
 
-def _status(name: str) -> str:
-    on_request = getattr(_FUSED[name], "ON_REQUEST", None)
-    return _FUSED[name].UNAVAILABLE or (
-        f"available on request; {on_request}" if on_request else "available"
-    )
+def choose(requested: str, op: str, batch: Batch) -> str:
+    """The name of the backend that computes `op` of ops.py for the batch.
 
-
-def select(backend: str, device: torch.device, family: str = "dot") -> str:
-    """Returns the name of the backend to use for tensors on `device`.
-
-    `family` is "dot" or "order", the similarity of embeddings, "scores" for a score matrix, or "loss" for
-    a loss of embeddings as one op.
+    REFERENCE for "small_loss", which is only a shorter way to a loss, means: compose the loss of its
+    statistics.
 
     Raises:
-        ValueError: the name is unknown, or the backend does not take tensors of this device.
-        RuntimeError: the backend was asked for by name and is not available here.
+        ValueError: the name is unknown, the backend does not take tensors of this device, or they hold no
+            data.
+        RuntimeError: the backend was asked for by name and is not available here, or does not take the batch;
+            or a transform of torch.func is active.
     """
-    check_choice("backend", backend, (AUTO, REFERENCE, *_FUSED))
-    if backend == REFERENCE:
-        return backend
-    if backend == AUTO:
-        return _automatic(device, family)
-    module = _FUSED[backend]
-    reason = _unavailable(backend, family)
+    check_string("backend must be 'auto' or a name listed by fused_vse.backends()", requested)
+    check_choice("backend", requested, (AUTO, REFERENCE, *_BACKENDS))
+    device, optional = batch.images.device, op == "small_loss"
+    if requested == REFERENCE:
+        _check_data(batch)
+        return REFERENCE
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"backend={requested!r} does not work inside torch.func and torch.vmap, which cannot"
+            " transform its kernels; use torch.autograd.grad, or backend='reference' inside"
+        )
+    if requested == AUTO:
+        return _automatic(op, batch, optional)
+    module = _BACKENDS[requested]
+    reason = module.unavailable()
     if reason is not None:
-        raise RuntimeError(f"backend={backend!r} is not available: {reason}")
+        raise RuntimeError(f"backend={requested!r} is not available: {reason}")
     if module.DEVICE != device.type:
         raise ValueError(
-            f"backend={backend!r} takes {module.DEVICE} tensors, got tensors on {device};"
+            f"backend={requested!r} takes {module.DEVICE} tensors, got tensors on {device};"
             " move them or use backend='auto'"
         )
-    return backend
-
-
-def is_left_to_ops(requested: str, selected: str) -> bool:
-    """Whether `select_for_op` is to choose the backend of each op, rather than `select` that of all."""
-    return bool(cuda.MEASURED) and requested == AUTO and selected == "triton"
-
-
-def select_for_op(op: str, images: torch.Tensor, captions: torch.Tensor) -> str:
-    """What "auto" takes for one statistic of the dot product: cuda only in place of Triton, which it needs
-    for the backward pass."""
-    return "cuda" if cuda.is_measured_ahead(op, images, captions) else "triton"
-
-
-@torch.compiler.assume_constant_result
-def _unavailable(name: str, family: str = "dot") -> str | None:
-    # A backend may look at the hardware the first time: nothing for the compiler to trace.
-    module = _FUSED[name]
-    if module.UNAVAILABLE is None and family not in _families(module):
+    reason = module.takes(op, batch)
+    if reason is not None and not optional:
         others = [
-            repr(other)
-            for other, candidate in _FUSED.items()
-            if candidate.DEVICE == module.DEVICE and family in _families(candidate)
+            repr(name)
+            for name, other in _BACKENDS.items()
+            if other.DEVICE == module.DEVICE and not (other.unavailable() or other.takes(op, batch))
         ]
-        return f"it has no {FAMILY_NAMES[family]} yet; use backend={' or '.join([*others, repr(REFERENCE)])}"
-    return module.UNAVAILABLE
+        raise RuntimeError(
+            f"backend={requested!r} {reason}; use backend={' or '.join([*others, repr(REFERENCE)])}"
+        )
+    return requested if reason is None else REFERENCE
 
 
-@torch.compiler.assume_constant_result
-def _why_not_automatic(name: str, family: str) -> str | None:
-    return getattr(_FUSED[name], "ON_REQUEST", None) or _unavailable(name, family)
-
-
-def _families(module: ModuleType) -> tuple[str, ...]:
-    return getattr(module, "FAMILIES", ("dot",))
-
-
-def _automatic(device: torch.device, family: str) -> str:
-    reasons = []
-    for name, module in _FUSED.items():
+def _automatic(op: str, batch: Batch, optional: bool) -> str:
+    reasons, device = [], batch.images.device
+    for name, module in _BACKENDS.items():
         if module.DEVICE == device.type:
-            reason = _why_not_automatic(name, family)
-            if reason is None:
+            reason = module.unavailable() or module.takes(op, batch)
+            if reason is None and module.prefers(op, batch):
                 return name
-            reasons.append(f"{name}: {reason}")
+            if reason is not None:
+                reasons.append(f"{name}: {reason}")
+    if optional:
+        return REFERENCE
+    _check_data(batch)
     if not torch.compiler.is_compiling():
         reason = "; ".join(reasons) or f"none takes {device.type} tensors"
         warnings.warn(
             f"no fused backend for {device.type} ({reason}); using plain PyTorch, which stores all of S",
-            stacklevel=5,
+            stacklevel=_users_line(),
         )
     return REFERENCE
+
+
+def _users_line() -> int:
+    """The stack level, for a warning of the caller, of the first frame outside of this package and torch."""
+    inside = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _check_data(batch: Batch) -> None:
+    if batch.images.is_meta:
+        name = "scores are" if batch.captions is None else "images and captions are"
+        raise ValueError(
+            f"{name} on meta, where tensors hold no data; materialise the model with .to_empty()"
+        )

@@ -10,17 +10,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from . import anchor_losses, arguments
-from .arguments import Batch, ScoreMatrix, check_batch, check_temperature, inverse_temperature
-from .small_loss import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, backend_for, small_loss
+from . import arguments
+from .arguments import check_batch, check_temperature, inverse_temperature
+from .dispatch import REFERENCE, choose
+from .ops import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, Batch
+from .small_loss import small_loss
 from .statistics import (
     HardestNegatives,
-    check_options,
     hardest_statistic,
     hinge_statistic,
     logsumexp_statistic,
-    prepare,
 )
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -64,25 +65,28 @@ def all_negatives_loss(
     which is twice CLIP's loss; `direction_weights=(0.5, 0.5)` gives CLIP's.
 
     Args:
-        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
+            unnormalised ones the scores, and the loss, grow as large as they).
         captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
         scores: [N, M], a score matrix in place of images and captions, for models that compute one
-            (cross-attention): it is read once forward, and its gradient written once backward.
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
         temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
             one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m, added to the scores of the negatives.
         image_ids: [N] integers and
-        caption_ids: [M] integers, the ids of the captions' images: caption j is a negative of image i
-            iff their ids differ, so that several captions of one image are not counted against it.
-            Default: the row numbers.
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
         num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
             queue, another rank's shard) and never anchors. Default: N, and required if N != M.
         direction_weights: factors of the image direction and of the caption direction.
         reduction: "mean" over the K pairs, "sum", or "none" for [2, K].
-        normalize: divide the rows by their L2 norm first.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
-        return_statistics: also return `LossStatistics` (one more pass over S).
+        return_statistics: also return `LossStatistics`, for which batches beyond the small ones
+            take one more pass over S.
         backend: "auto", or a name listed by `fused_vse.backends()`.
 
     Returns:
@@ -91,26 +95,21 @@ def all_negatives_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch[0].device)
-    margin = arguments.check_margin(margin, batch[0])
-    weights = arguments.check_direction_weights(direction_weights, batch[0])
-    _check_options(reduction, normalize, similarity, return_statistics, backend)
-    scale = inverse_temperature(temperature, batch[0])
-    if small := backend_for(batch, similarity, reduction, backend):
-        loss, hardest = small_loss(
-            ALL_NEGATIVES, batch, scale, margin, weights, reduction, normalize, small
-        )
-        return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
-    batch, backend = prepare(batch, normalize, similarity, backend)
-
-    statistic = logsumexp_statistic(batch, scale, backend)
-    loss = _reduce(
-        anchor_losses.all_negatives(statistic, scale, margin, backend), weights, reduction
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     )
-    return (loss, _statistics(batch, margin, backend)) if return_statistics else loss
+    return _loss(
+        ALL_NEGATIVES,
+        batch,
+        temperature,
+        margin,
+        direction_weights,
+        reduction,
+        return_statistics,
+        backend,
+    )
 
 
 def hardest_negative_loss(
@@ -146,29 +145,46 @@ def hardest_negative_loss(
     `all_negatives_loss`.
 
     Args:
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
+            unnormalised ones the scores, and the loss, grow as large as they).
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
+        temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
+            one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m.
         smooth: softplus((m + h - p) / τ), the cross-entropy over {positive, hardest negative},
             instead of the hinge.
-        For the others, the results and the errors raised: see `all_negatives_loss`. The statistics
-        cost nothing extra here.
-    """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch[0].device)
-    margin = arguments.check_margin(margin, batch[0])
-    weights = arguments.check_direction_weights(direction_weights, batch[0])
-    arguments.check_flag("smooth", smooth)
-    _check_options(reduction, normalize, similarity, return_statistics, backend)
-    scale = inverse_temperature(temperature, batch[0])
-    if small := backend_for(batch, similarity, reduction, backend):
-        kind = HARDEST_SMOOTH if smooth else HARDEST
-        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, normalize, small)
-        return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
-    batch, backend = prepare(batch, normalize, similarity, backend)
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        direction_weights: factors of the image direction and of the caption direction.
+        reduction: "mean" over the K pairs, "sum", or "none" for [2, K].
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        return_statistics: also return `LossStatistics`, which costs nothing extra here.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
 
-    hardest = hardest_statistic(batch, backend)
-    loss = anchor_losses.hardest_negative(hardest, scale, margin, smooth, backend)
-    loss = _reduce(loss, weights, reduction)
-    return (loss, _detached_statistics(hardest, margin)) if return_statistics else loss
+    Returns:
+        The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
+        negatives contributes 0. Any NaN or infinity in the input makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
+    """
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    )
+    kind = HARDEST_SMOOTH if arguments.check_flag("smooth", smooth) else HARDEST
+    return _loss(
+        kind, batch, temperature, margin, direction_weights, reduction, return_statistics, backend
+    )
 
 
 def hinge_loss(
@@ -194,46 +210,111 @@ def hinge_loss(
     by default, over the pairs. At a hinge's kink the gradient is 0.
 
     Args:
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
+            unnormalised ones the scores, and the loss, grow as large as they).
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
         margin: m.
         hardest: only the hardest negative counts.
-        For the others, the results and the errors raised: see `all_negatives_loss`. The statistics
-        cost nothing extra with `hardest=True`.
-    """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    margin = arguments.check_margin(margin, batch[0])
-    weights = arguments.check_direction_weights(direction_weights, batch[0])
-    arguments.check_flag("hardest", hardest)
-    _check_options(reduction, normalize, similarity, return_statistics, backend)
-    if small := backend_for(batch, similarity, reduction, backend):
-        kind = HARDEST if hardest else HINGE_SUM
-        loss, negatives = small_loss(kind, batch, 1.0, margin, weights, reduction, normalize, small)
-        return (loss, _detached_statistics(negatives, margin)) if return_statistics else loss
-    batch, backend = prepare(batch, normalize, similarity, backend)
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        direction_weights: factors of the image direction and of the caption direction.
+        reduction: "mean" over the K pairs, "sum", or "none" for [2, K].
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        return_statistics: also return `LossStatistics`, which costs nothing extra with `hardest=True`.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
 
-    if hardest:
-        negatives = hardest_statistic(batch, backend)
-        loss = anchor_losses.hardest_negative(negatives, 1.0, margin, False, backend)
+    Returns:
+        The loss in float32 (float64 for float64 input), or (loss, LossStatistics). An anchor without
+        negatives contributes 0. Any NaN or infinity in the input makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
+    """
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    )
+    kind = HARDEST if arguments.check_flag("hardest", hardest) else HINGE_SUM
+    return _loss(kind, batch, 1.0, margin, direction_weights, reduction, return_statistics, backend)
+
+
+def _loss(
+    kind: int,
+    batch: Batch,
+    temperature: float | Tensor,
+    margin: float,
+    direction_weights: tuple[float, float],
+    reduction: str,
+    return_statistics: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, LossStatistics]:
+    """Every loss: checks, one statistic or one op for the whole, the formula of its kind, the reduction."""
+    temperature = check_temperature(temperature, batch.images.device)
+    margin = arguments.check_margin(margin, batch.images)
+    weights = arguments.check_direction_weights(direction_weights, batch.images)
+    arguments.check_choice("reduction", reduction, REDUCTIONS)
+    return_statistics = arguments.check_flag("return_statistics", return_statistics)
+    scale = inverse_temperature(temperature, batch.images)
+
+    small = REFERENCE if reduction == "none" else choose(backend, "small_loss", batch)
+    if small != REFERENCE:
+        loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, small)
     else:
-        _, loss, _ = hinge_statistic(batch, margin, backend)
-    loss = _reduce(loss, weights, reduction)
+        loss, hardest = _FORMULAS[kind](batch, scale, margin, backend)
+        loss = _reduce(loss, weights, reduction)
     if not return_statistics:
         return loss
-    if hardest:
-        return loss, _detached_statistics(negatives, margin)
-    return loss, _statistics(batch, margin, backend)
+    if hardest is None:
+        with torch.no_grad():
+            hardest = hardest_statistic(batch, backend)
+    return loss, _loss_statistics(hardest, margin)
 
 
-def _check_options(
-    reduction: object,
-    normalize: object,
-    similarity: object,
-    return_statistics: object,
-    backend: object,
-) -> None:
-    """What the choice of the backend looks at, and what nothing else checks."""
-    arguments.check_choice("reduction", reduction, REDUCTIONS)
-    arguments.check_flag("return_statistics", return_statistics)
-    check_options(normalize, similarity, backend)
+# The losses of single anchors [2, K], in the scores' dtype, and the hardest negatives if they are at hand.
+# An anchor without negatives contributes 0 and receives no gradient: what would be 0 * inf is left out.
+
+
+def _all_negatives(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """-log(e^αp / (e^αp + e^(lse + αm))) = softplus(lse + α(m - p)), whose terms nearly cancel."""
+    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend)
+    difference = scale * (positive - reference - margin) - log_sum
+    return -logsigmoid(difference).to(positive.dtype), None
+
+
+def _hardest(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """α [m + h - p]₊"""
+    hardest = hardest_statistic(batch, backend)
+    return scale * (hardest.scores - hardest.positive_scores + margin).relu(), hardest
+
+
+def _hardest_smooth(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """softplus(α (m + h - p))"""
+    hardest = hardest_statistic(batch, backend)
+    alone = hardest.scores == -torch.inf  # not by the index, which a NaN score lacks, too
+    violation = torch.where(alone, 0, hardest.scores - hardest.positive_scores + margin)
+    return torch.where(alone, 0, -logsigmoid(-scale * violation)), hardest
+
+
+def _hinge_sum(batch: Batch, scale: float | Tensor, margin: float, backend: str):
+    """Σ [m + s - p]₊"""
+    return hinge_statistic(batch, margin, backend)[1], None
+
+
+_FORMULAS = {
+    ALL_NEGATIVES: _all_negatives,
+    HARDEST: _hardest,
+    HARDEST_SMOOTH: _hardest_smooth,
+    HINGE_SUM: _hinge_sum,
+}
 
 
 def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tensor:
@@ -246,12 +327,7 @@ def _reduce(loss: Tensor, weights: tuple[float, float], reduction: str) -> Tenso
     return total / loss.shape[1] if reduction == "mean" else total
 
 
-def _statistics(batch: Batch | ScoreMatrix, margin: float, backend: str) -> LossStatistics:
-    with torch.no_grad():
-        return _detached_statistics(hardest_statistic(batch, backend), margin)
-
-
-def _detached_statistics(hardest: HardestNegatives, margin: float) -> LossStatistics:
+def _loss_statistics(hardest: HardestNegatives, margin: float) -> LossStatistics:
     positive, scores, indices = (tensor.detach() for tensor in hardest)
     return LossStatistics(
         positive_scores=positive,

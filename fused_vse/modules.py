@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .arguments import accumulation_dtype, check_flag, check_temperature
+from .arguments import check_flag, check_temperature
 from .losses import all_negatives_loss, hardest_negative_loss, hinge_loss
+from .ops import accumulation_dtype
 
 # A learnable temperature is kept within these bounds, as CLIP keeps its logit scale below 100: below,
 # float32 cannot resolve the scores; above, the loss is flat.
-MIN_TEMPERATURE = 0.01
-MAX_TEMPERATURE = 10.0
+LOWEST_LEARNABLE = 0.01
+HIGHEST_LEARNABLE = 10.0
 
 
 class _Loss(nn.Module):
@@ -60,10 +61,10 @@ class _LossWithTemperature(_Loss):
         temperature = float(check_temperature(temperature, torch.device("cpu")))
         self.fixed_temperature = None if learnable_temperature else temperature
         if learnable_temperature:
-            if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+            if not LOWEST_LEARNABLE <= temperature <= HIGHEST_LEARNABLE:
                 raise ValueError(
-                    f"a learnable temperature must start between {MIN_TEMPERATURE} and"
-                    f" {MAX_TEMPERATURE}, got {temperature}"
+                    f"a learnable temperature must start between {LOWEST_LEARNABLE} and"
+                    f" {HIGHEST_LEARNABLE}, got {temperature}"
                 )
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
@@ -80,7 +81,9 @@ class _LossWithTemperature(_Loss):
         if self.fixed_temperature is None:
             # The parameter, not the value: outside the bounds its gradient would vanish for good. As data,
             # since autograd would take the change for one to what an earlier graph needs.
-            self.log_temperature.data.clamp_(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+            self.log_temperature.data.clamp_(
+                math.log(LOWEST_LEARNABLE), math.log(HIGHEST_LEARNABLE)
+            )
         return super().forward(images, captions, temperature=self.temperature, **batch)
 
     def extra_repr(self) -> str:

@@ -31,8 +31,8 @@ Options of several ops:
 Backward ops take the batch and the options, what the forward pass gave (which may have been merged from
 several parts of the columns), and the derivatives of the objective:
     d_positive [pair_count]  by the scores of the pairs
-    d_images [N, D], d_captions [M, D]  in the embeddings' dtype; [0] if not needed. Where S is given, d_images
-        is its gradient [N, M], and d_captions [0].
+    d_images [N, D], d_captions [M, D]  in the embeddings' dtype; [0] if not needed. Where S is given,
+        d_images is its gradient [N, M], and d_captions [0].
     accumulate_captions  d_captions comes in the accumulation type, to be summed over ranks.
 Where the statistic of the first row anchor or of the first column anchor is NaN, all gradients are.
 """
@@ -149,8 +149,9 @@ def negative_logsumexp(batch, ceiling, scale, scale_tensor, save_scores):
 def negative_logsumexp_backward(
     batch, ceiling, scale, scale_tensor, reference, log_sum, scores, d_positive, d_log_sum, *needs
 ):
-    """With q_ij = exp(a (s_ij - reference_i) - log_sum_i) g_i, g = d_log_sum, over the negatives of row anchor
-    i, r_ij likewise of column anchor j, and G = q + r: the gradient by S is a G + d_positive at the pairs.
+    """With q_ij = exp(a (s_ij - reference_i) - log_sum_i) g_i, g = d_log_sum, over the negatives of row
+    anchor i, r_ij likewise of column anchor j, and G = q + r: the gradient by S is a G, and d_positive at the
+    pairs.
 
     d_scale [] = sum_ij q_ij (s_ij - reference_i) + r_ij (s_ij - reference_j), the derivative of the
     log_sums by a. (The reference is a constant: what a user adds as a reference has its own derivative.)
@@ -176,8 +177,8 @@ def hinge_sum(batch, ceiling, threshold, save_scores):
 def hinge_sum_backward(
     batch, ceiling, threshold, hinge_sum, scores, d_positive, d_hinge_sum, *needs
 ):
-    """The gradient by S is [s_ij > threshold_i] g_i + [s_ij > threshold_j] g_j for negatives, g = d_hinge_sum,
-    plus d_positive at the pairs. (That by a threshold is -active g.)"""
+    """The gradient by S is [s_ij > threshold_i] g_i + [s_ij > threshold_j] g_j for the negatives, with
+    g = d_hinge_sum, and d_positive at the pairs. (That by a threshold is -active g.)"""
     return _gradients(batch, *needs)
 
 
@@ -201,7 +202,9 @@ def small_loss(images, captions, image_ids, caption_ids, num_pairs, kind, scale,
         cuda: d_images [N, D] and d_captions [M, D], in float32 for every dtype: an upstream that saves them
             from underflow in float16 comes later
     """
-    batch = Batch(images, captions, image_ids, caption_ids, num_pairs, num_pairs, 0, 0, num_pairs, DOT)
+    batch = Batch(
+        images, captions, image_ids, caption_ids, num_pairs, num_pairs, 0, 0, num_pairs, DOT
+    )
     dtype, hardest = accumulation_dtype(images.dtype), kind in (HARDEST, HARDEST_SMOOTH)
     if images.device.type == "cpu":
         saved = (num_pairs, 2 * num_pairs) if hardest else ((len(images), len(captions)), 0)
@@ -318,3 +321,8 @@ def define(backend: str, names: Iterable[str] = OPS, prefix: str = "") -> torch.
         library.define(OPS[name].schema(prefix + name))
         torch.library.register_fake(f"{namespace}::{prefix}{name}", OPS[name].fake, lib=library)
     return library
+
+
+def ops_of(backend: str):
+    """The ops that `backend` implements."""
+    return getattr(torch.ops, f"fused_vse_{backend}")

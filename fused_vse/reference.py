@@ -4,20 +4,27 @@ It imports nothing of this package and derives no gradient by hand: PyTorch's au
 O(N·M). 16-bit input is computed in float32, float64 in float64. The formulas are those of
 "Contrastive Learning of Visual-Semantic Embeddings" (arXiv 2110.08872).
 
-Arguments of all functions, checked by the caller:
-    images: [N, D] and captions: [M, D], one floating dtype; or the score matrix [N, M] and None.
-    image_ids: [N] and caption_ids: [M] integers, or both None for the row numbers. Column j is a
-        negative of row i iff the ids differ.
-    num_pairs: K; row k and column k are a pair for k < K; later rows and columns are never anchors.
-Results have K columns and, where there are two rows, row 0 is for image anchors, row 1 for captions.
+All functions take the batch as the ops do, and return what they return; ops.py explains both.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import accumulation_dtype
+
+class _Scores(NamedTuple):
+    matrix: Tensor  # S [N, M]
+    negative: Tensor  # [N, M] bool
+    poison: Tensor  # [], NaN if an entry that counts is not finite, else 0
+
+
+class _Direction(NamedTuple):
+    """The candidates of the row anchors [R, M], or of the column anchors [C, N]."""
+
+    scores: Tensor
+    negative: Tensor
 
 
 def _without_autocast(function):
@@ -29,117 +36,127 @@ def _without_autocast(function):
     return wrapper
 
 
-def _scores(images, captions, image_ids, caption_ids, num_pairs):
-    """S [N, M], which entries are negatives [N, M], and the scores of the pairs [K]."""
-    dtype = accumulation_dtype(images.dtype)
-    if captions is None:
-        scores = images.to(dtype)
-        seen = torch.ones_like(scores, dtype=torch.bool)
-        seen[num_pairs:, num_pairs:] = False  # by no anchor
-        scores = scores.where(seen, 0)
-        scores = scores + _poison(scores)
-        positive = scores.diagonal()[:num_pairs]
-    else:
-        images, captions = images.to(dtype), captions.to(dtype)
-        poison = _poison(images, captions)
-        scores = images @ captions.T + poison
-        positive = (images[:num_pairs] * captions[:num_pairs]).sum(1) + poison
-    if image_ids is None:
-        image_ids = torch.arange(scores.shape[0], device=scores.device)
-        caption_ids = torch.arange(scores.shape[1], device=scores.device)
-    negative = image_ids[:, None] != caption_ids[None, :]
-    return scores, negative, positive
-
-
-def _poison(*tensors):
+def _poison(*tensors: Tensor) -> Tensor:
     """NaN as soon as any entry is not finite, else 0: an excluded or losing entry would hide it."""
     return sum((tensor * 0).sum() for tensor in tensors)
 
 
-@_without_autocast
-def order_similarity(images: Tensor, captions: Tensor) -> Tensor:
-    """-‖max(0, captions[j] - images[i])‖₂ [N, M], by the [N, M, D] tensor of all differences.
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    Where a difference has no positive part, at the kink of the norm, the gradient is 0.
-    """
-    dtype = accumulation_dtype(images.dtype)
-    images, captions = images.to(dtype), captions.to(dtype)
-    square = (captions[None] - images[:, None]).relu().square().sum(2) + _poison(images, captions)
-    # The infinite derivative of sqrt at 0 would turn a gradient of 0 into NaN.
+
+def _order_similarity(images: Tensor, captions: Tensor) -> Tensor:
+    """-‖max(0, captions - images)‖₂ over the last dimension."""
+    square = (captions - images).relu().square().sum(-1)
+    # At the kink of the norm the gradient is 0; sqrt's infinite derivative would make it NaN.
     is_zero = square == 0
     return -square.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
 
 
-def _both_directions(matrix: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """The candidates of image anchors [K, M] and of caption anchors [K, N]."""
-    return matrix[:num_pairs], matrix[:, :num_pairs].T
+def _scores(
+    images, captions, image_ids, caption_ids, row_anchors, column_anchors,
+    pair_row, pair_column, pair_count, similarity,
+) -> _Scores:  # fmt: skip
+    dtype = _accumulation_dtype(images.dtype)
+    if captions is None:
+        matrix = images.to(dtype)
+        seen = torch.ones_like(matrix, dtype=torch.bool)
+        seen[row_anchors:, column_anchors:] = False  # by no anchor
+        matrix = matrix.where(seen, 0)
+        poison = _poison(matrix)
+    else:
+        images, captions = images.to(dtype), captions.to(dtype)
+        if similarity == 0:
+            matrix = images @ captions.T
+        else:  # by the [N, M, D] tensor of all differences
+            matrix = _order_similarity(images[:, None], captions[None])
+        poison = _poison(images, captions) + _poison(matrix)
+    if image_ids is None:
+        pair = torch.arange(matrix.shape[0], device=matrix.device)[:, None] - pair_row
+        column = torch.arange(matrix.shape[1], device=matrix.device)[None] - pair_column
+        negative = (pair != column) | (pair < 0) | (pair >= pair_count)
+    else:
+        negative = image_ids[:, None] != caption_ids[None, :]
+    return _Scores(matrix, negative, poison)
+
+
+def _directions(batch, ceiling: Tensor | None) -> tuple[list[_Direction], Tensor]:
+    """Both directions, and the poison."""
+    (scores, negative, poison), rows, columns = _scores(*batch), batch[4], batch[5]
+    directions = [
+        _Direction(scores[:rows], negative[:rows]),
+        _Direction(scores[:, :columns].T, negative[:, :columns].T),
+    ]
+    if ceiling is not None:
+        ceilings = ceiling[:rows, None], ceiling[rows:, None]
+        directions = [
+            _Direction(s, is_negative & (s.detach() <= c))
+            for (s, is_negative), c in zip(directions, ceilings, strict=True)
+        ]
+    return directions, poison
 
 
 @_without_autocast
-def hardest_negatives(images, captions, image_ids, caption_ids, num_pairs):
-    """Positive score [K]; hardest negative's score [2, K] (-inf: none) and index [2, K] (-1: none).
+def positive_scores(*batch) -> Tensor:
+    images, captions, *_, row, column, count, similarity = batch
+    dtype = _accumulation_dtype(images.dtype)
+    if captions is None:
+        return images[row : row + count, column : column + count].diagonal().to(dtype)
+    images = images[row : row + count].to(dtype)
+    captions = captions[column : column + count].to(dtype)
+    return (images * captions).sum(1) if similarity == 0 else _order_similarity(images, captions)
 
-    Ties go to the smallest index, which alone receives the gradient.
-    """
-    scores, negative, positive = _scores(images, captions, image_ids, caption_ids, num_pairs)
+
+@_without_autocast
+def hardest_negatives(*arguments) -> tuple[Tensor, Tensor]:
+    """Ties go to the smallest index, which alone receives the gradient."""
+    *batch, ceiling = arguments
+    directions, poison = _directions(batch, ceiling)
     best, best_index = [], []
-    for s, is_negative in zip(
-        _both_directions(scores, num_pairs), _both_directions(negative, num_pairs), strict=True
-    ):
-        value, index = s.masked_fill(~is_negative, -torch.inf).max(1)
+    for s, is_negative in directions:
+        if s.shape[0] == 0:
+            continue
+        value = s.masked_fill(~is_negative, -torch.inf).amax(1)
         # max() may return any of several equal entries; the rule is the first.
         ties = is_negative & ((s == value[:, None]) | (s.isnan() & value.isnan()[:, None]))
         index = ties.to(torch.int8).argmax(1)
         found = is_negative.any(1)
         value = s.gather(1, index[:, None])[:, 0]
-        # Where all negatives are excluded, only the positive still carries a NaN.
-        best.append(torch.where(found, value, -torch.inf) + positive.detach() * 0)
+        best.append(torch.where(found, value, -torch.inf) + poison)
         best_index.append(torch.where(found, index, -1))
-    return positive, torch.stack(best), torch.stack(best_index)
+    return torch.cat(best), torch.cat(best_index)
 
 
 @_without_autocast
-def negative_logsumexp(images, captions, image_ids, caption_ids, num_pairs, scale):
-    """Positive score [K]; log Σ exp(scale · s) over the negatives [2, K] (-inf: none),
-    in float64."""
-    scores, negative, positive = _scores(images, captions, image_ids, caption_ids, num_pairs)
-    sums = []
-    for s, is_negative in zip(
-        _both_directions(scores, num_pairs), _both_directions(negative, num_pairs), strict=True
-    ):
-        # In float64, since autograd's exp(logit - lse) is off by the rounding of logits of 1/τ. MPS has none.
-        s = s if s.is_mps else s.double()
-        # The excluded entries are replaced before they meet the scale: 0 · inf would be NaN.
-        logits = (scale * s.masked_fill(~is_negative, 0)).masked_fill(~is_negative, -torch.inf)
+def negative_logsumexp(*arguments) -> tuple[Tensor, Tensor]:
+    """The reference, a constant, and log Σ exp(scale · (s - reference)) in float64."""
+    *batch, ceiling, scale = arguments
+    directions, poison = _directions(batch, ceiling)
+    references, sums = [], []
+    for s, is_negative in directions:
         found = is_negative.any(1)
+        excluded = ~is_negative
+        largest = s.detach().masked_fill(excluded, -torch.inf).amax(1)
+        reference = torch.where(found, largest, 0)
+        # In float64, since autograd's exp(logit - lse) is off by the rounding of the lse. MPS has none.
+        difference = (s if s.is_mps else s.double()) - reference[:, None]
+        # The excluded entries are replaced before they meet the scale: 0 · inf would be NaN.
+        logits = (scale * difference.masked_fill(excluded, 0)).masked_fill(excluded, -torch.inf)
         # A row of nothing but -inf has a NaN gradient; keep it out of logsumexp.
         total = logits.masked_fill(~found[:, None], 0).logsumexp(1)
-        sums.append(torch.where(found, total, -torch.inf))
-    return positive, torch.stack(sums)
+        references.append(reference)
+        sums.append(torch.where(found, total, -torch.inf) + poison)
+    return torch.cat(references), torch.cat(sums)
 
 
 @_without_autocast
-def hinge_sum(images, captions, image_ids, caption_ids, num_pairs, margin):
-    """Positive score [K]; Σ [s - (p - margin)]₊ over the negatives [2, K]; how many are active [2, K]."""
-    scores, negative, positive = _scores(images, captions, image_ids, caption_ids, num_pairs)
+def hinge_sum(*arguments) -> tuple[Tensor, Tensor]:
+    *batch, ceiling, threshold = arguments
+    directions, poison = _directions(batch, ceiling)
+    thresholds = threshold[: batch[4], None], threshold[batch[4] :, None]
     sums, counts = [], []
-    for s, is_negative in zip(
-        _both_directions(scores, num_pairs), _both_directions(negative, num_pairs), strict=True
-    ):
-        hinge = (s - (positive - margin)[:, None]).relu().masked_fill(~is_negative, 0)
-        sums.append(hinge.sum(1))
+    for (s, is_negative), of_anchor in zip(directions, thresholds, strict=True):
+        hinge = (s - of_anchor).relu().masked_fill(~is_negative, 0)
+        sums.append(hinge.sum(1) + poison)
         counts.append((hinge.detach() > 0).sum(1))
-    # As in hardest_negatives: all excluded must not hide a NaN.
-    return positive, torch.stack(sums) + positive.detach() * 0, torch.stack(counts)
-
-
-@_without_autocast
-def l2_normalize(rows: Tensor) -> Tensor:
-    """rows / max(‖rows‖₂, 1e-12) [N, D], computed in float32 or float64, in the input's dtype."""
-    dtype = accumulation_dtype(rows.dtype)
-    x = rows.to(dtype)
-    # The squares of a huge row would overflow, and the row become 0: a power of two takes it near 1.
-    huge = 2.0**500 if dtype is torch.float64 else 2.0**50
-    is_huge = x.detach().abs().amax(1, keepdim=True) > huge
-    x = x * torch.ones_like(x[:, :1]).masked_fill(is_huge, 2.0**-30 / huge)
-    return torch.nn.functional.normalize(x, dim=1).to(rows.dtype)
+    return torch.cat(sums), torch.cat(counts)

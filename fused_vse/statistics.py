@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import (
-    Batch,
-    ScoreMatrix,
-    check_batch,
-    check_choice,
-    check_flag,
-    check_string,
-    check_temperature,
-    inverse_temperature,
-)
-from .dispatch import AUTO, REFERENCE, is_left_to_ops, select, select_for_op
-
-SIMILARITIES = ("dot", "order")
+from .arguments import check_batch, check_temperature, inverse_temperature
+from .dispatch import REFERENCE, choose
+from .first_order import first_order_only
+from .ops import Batch, ops_of
 
 
 class HardestNegatives(NamedTuple):
@@ -64,30 +55,33 @@ def hardest_negatives(
     Ties go to the smallest index, which alone receives the gradient.
 
     Args:
-        images: [N, D] floating point. Used as they are: normalise them, or pass `normalize`.
-        captions: [M, D], same dtype and device.
-        scores: [N, M], a score matrix in place of images and captions: it is read once forward, and
-            its gradient written once backward.
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the statistics NaN: give both the same id instead.
         image_ids: [N] integers and
-        caption_ids: [M] integers, the ids of the captions' images: caption j is a negative of image i
-            iff their ids differ. Default: the row numbers.
-        num_pairs: K. Image k and caption k are a pair for k < K, later rows are extra negatives.
-            Default: N, if N = M.
-        normalize: divide the rows by their L2 norm first.
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
         similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
             1511.06361), whose gradient is 0 where the difference has no positive part.
         backend: "auto", or a name listed by `fused_vse.backends()`.
 
     Returns:
-        Scores in float32 (float64 for float64 input). Differentiable with respect to both embeddings.
+        Scores in float32 (float64 for float64 input), differentiable with respect to the embeddings. Any NaN
+        or infinity in the input makes the statistic of every anchor NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        RuntimeError: the named backend is not available here.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    check_options(normalize, similarity, backend)
-    batch, backend = prepare(batch, normalize, similarity, backend)
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    )
     return hardest_statistic(batch, backend)
 
 
@@ -107,291 +101,166 @@ def negative_logsumexp(
     """log Σ exp(s / temperature) over the negatives of every anchor, in both directions.
 
     Args:
-        temperature: from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires one.
-        For the others, the results and the errors raised: see `hardest_negatives`.
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the statistics NaN: give both the same id instead.
+        temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
+            one. One on a GPU or under torch.compile is not looked at: out of range makes the result NaN.
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ, so that several captions of one image are not
+            counted against it. Default: the row numbers.
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
+            queue, another rank's shard) and never anchors. Default: N, and required if N != M.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
+
+    Returns:
+        Scores in float32 (float64 for float64 input), differentiable with respect to the embeddings
+        and the temperature. Any NaN
+        or infinity in the input makes the statistic of every anchor NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
     """
-    batch = check_batch(images, captions, image_ids, caption_ids, num_pairs, scores)
-    temperature = check_temperature(temperature, batch[0].device)
-    check_options(normalize, similarity, backend)
-    batch, backend = prepare(batch, normalize, similarity, backend)
-    scale = inverse_temperature(temperature, batch[0])
-    positive, logsumexp = logsumexp_statistic(batch, scale, backend)
-    return NegativeLogsumexp(positive, logsumexp.to(positive.dtype))
+    batch = check_batch(
+        images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    )
+    scale = inverse_temperature(check_temperature(temperature, batch.images.device), batch.images)
+    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend)
+    return NegativeLogsumexp(positive, (scale * reference + log_sum).to(positive.dtype))
 
 
-def check_options(normalize: object, similarity: object, backend: object) -> None:
-    check_flag("normalize", normalize)
-    check_choice("similarity", similarity, SIMILARITIES)
-    # `select` knows the names and the reasons.
-    check_string("backend must be 'auto' or a name listed by fused_vse.backends()", backend)
-
-
-def prepare(
-    batch: Batch | ScoreMatrix, normalize: bool, similarity: str, backend: str
-) -> tuple[Batch | ScoreMatrix, str]:
-    """Chooses the backend, or its family of ops, and normalises the embeddings if asked to.
-
-    The backend stays "auto" where the functions below choose one for each statistic.
-    """
-    if batch[0].is_meta and backend in (AUTO, REFERENCE):
-        name = "scores are" if isinstance(batch, ScoreMatrix) else "images and captions are"
-        raise ValueError(
-            f"{name} on meta, where tensors hold no data; materialise the model with .to_empty()"
-        )
-    if isinstance(batch, ScoreMatrix):
-        if normalize or similarity != "dot":
-            raise ValueError(
-                "normalize and similarity do not apply to given scores; leave them out"
-            )
-        backend = select(backend, batch[0].device, "scores")
-        return batch, backend if backend == REFERENCE else f"{backend}_scores"
-    requested, backend = backend, select(backend, batch[0].device, similarity)
-    if normalize:
-        batch = batch._replace(
-            images=l2_normalize(batch.images, backend),
-            captions=l2_normalize(batch.captions, backend),
-        )
-    if similarity == "dot":
-        return batch, AUTO if is_left_to_ops(requested, backend) else backend
+def hardest_statistic(batch: Batch, backend: str) -> HardestNegatives:
+    backend = choose(backend, "hardest_negatives", batch)
     if backend == REFERENCE:
-        images, captions, *pairs = batch
-        return ScoreMatrix(reference.order_similarity(images, captions), *pairs), backend
-    return batch, f"{backend}_{similarity}"
-
-
-def hardest_statistic(batch: Batch | ScoreMatrix, backend: str) -> HardestNegatives:
-    if backend == REFERENCE:
-        return HardestNegatives(*reference.hardest_negatives(*_embeddings(batch)))
-    if isinstance(batch, ScoreMatrix):
-        return HardestNegatives(*_ScoresHardestNegatives.apply(*batch, backend))
-    backend = _backend_of("hardest_negatives", batch, backend)
-    return HardestNegatives(*_HardestNegatives.apply(*batch, backend))
-
-
-def _backend_of(op: str, batch: Batch, backend: str) -> str:
-    return select_for_op(op, batch.images, batch.captions) if backend == AUTO else backend
-
-
-def _embeddings(batch: Batch | ScoreMatrix) -> tuple:
-    """As the reference takes them."""
-    return (batch.scores, None, *batch[1:]) if isinstance(batch, ScoreMatrix) else batch
+        positive = reference.positive_scores(*batch)
+        score, index = reference.hardest_negatives(*batch, None)
+    else:
+        positive, score, index = _HardestNegatives.apply(backend, None, *batch)
+    return HardestNegatives(positive, _two_rows(score), _two_rows(index))
 
 
 def logsumexp_statistic(
-    batch: Batch | ScoreMatrix, scale: float | Tensor, backend: str
-) -> NegativeLogsumexp:
-    """`scale` = 1 / temperature, as `inverse_temperature` gives it. The sum is float64 (ops.h)."""
-    if backend == REFERENCE:
-        return NegativeLogsumexp(*reference.negative_logsumexp(*_embeddings(batch), scale))
-    scale, scale_tensor = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
-    if isinstance(batch, ScoreMatrix):
-        return NegativeLogsumexp(
-            *_ScoresNegativeLogsumexp.apply(*batch, scale, scale_tensor, backend)
-        )
-    backend = _backend_of("negative_logsumexp", batch, backend)
-    save_scores = needs_grad(batch.images, batch.captions, scale_tensor)
-    return NegativeLogsumexp(
-        *_NegativeLogsumexp.apply(*batch, scale, scale_tensor, save_scores, backend)
-    )
-
-
-def hinge_statistic(
-    batch: Batch | ScoreMatrix, margin: float, backend: str
+    batch: Batch, scale: float | Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive scores [K], Σ [margin + s - p]₊ over the negatives [2, K], how many are active [2, K]."""
+    """Positive scores [K]; reference and log-sum [2, K], of which scale * reference + log-sum is
+    log Σ exp(scale * s). The reference is a constant to autograd; ops.py says why they are apart.
+
+    `scale` = 1 / temperature, as `inverse_temperature` gives it.
+    """
+    backend = choose(backend, "negative_logsumexp", batch)
     if backend == REFERENCE:
-        return reference.hinge_sum(*_embeddings(batch), margin)
-    if isinstance(batch, ScoreMatrix):
-        return _ScoresHingeSum.apply(*batch, margin, backend)
-    backend = _backend_of("hinge_sum", batch, backend)
-    save_scores = needs_grad(batch.images, batch.captions)
-    return _HingeSum.apply(*batch, margin, save_scores, backend)
+        positive = reference.positive_scores(*batch)
+        constant, log_sum = reference.negative_logsumexp(*batch, None, scale)
+    else:
+        number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
+        save_scores = needs_grad(batch.images, batch.captions, tensor)
+        positive, constant, log_sum = _NegativeLogsumexp.apply(
+            backend, save_scores, None, number, tensor, *batch
+        )
+    return positive, _two_rows(constant), _two_rows(log_sum)
 
 
-def l2_normalize(rows: Tensor, backend: str) -> Tensor:
+def hinge_statistic(batch: Batch, margin: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Positive scores [K] and Σ [margin + s - p]₊ over the negatives [2, K]."""
+    backend = choose(backend, "hinge_sum", batch)
     if backend == REFERENCE:
-        return reference.l2_normalize(rows)
-    return _L2Normalize.apply(rows, backend)[0]
+        positive = reference.positive_scores(*batch)
+        threshold = (positive - margin).repeat(2)
+        total, _ = reference.hinge_sum(*batch, None, threshold)
+    else:
+        save_scores = needs_grad(batch.images, batch.captions)
+        positive, total = _HingeSum.apply(backend, save_scores, None, margin, *batch)
+    return positive, _two_rows(total)
+
+
+def _two_rows(statistic: Tensor) -> Tensor:
+    return statistic.view(2, -1)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def ops_of(backend: str):
-    return getattr(torch.ops, f"fused_vse_{backend}")
+def _save(ctx, batch: tuple, *others: Tensor | None) -> None:
+    ctx.anchors = batch[4:]
+    ctx.save_for_backward(*batch[:4], *others)
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity on gradients that refuses to be differentiated: the ops' backward is not differentiable."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "fused_vse does not support double backward (gradients of gradients);"
-            " use backend='reference', which does"
-        )
+def _load(ctx) -> tuple[tuple, list[Tensor | None]]:
+    """The batch, and what else was saved."""
+    tensors = ctx.saved_tensors
+    return (*tensors[:4], *ctx.anchors), list(tensors[4:])
 
 
-def first_order_only(
-    *gradients: Tensor | None, inputs: tuple[Tensor, ...] = ()
-) -> tuple[Tensor | None, ...]:
-    """`inputs`: what the gradients depend on without the graph knowing."""
-    # The engine enables grad mode in a backward pass exactly when create_graph=True.
-    if not torch.is_grad_enabled():
-        return gradients
-    tensors = [g.requires_grad_() for g in gradients if g is not None]
-    guarded = iter(_FirstOrderOnly.apply(len(tensors), *tensors, *inputs))
-    return tuple(None if g is None else next(guarded) for g in gradients)
+_NONES = (None,) * (len(Batch._fields) - 2)
 
 
 # The functions have no setup_context, for which torch inspects the signature in every call: some 40 µs.
 class _HardestNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, backend):
-        ctx.backend = backend
-        positive, score, index = ops_of(backend).hardest_negatives(
-            images, captions, image_ids, caption_ids, num_pairs
-        )
+    def forward(ctx, backend, ceiling, *batch):
+        ops, ctx.backend = ops_of(backend), backend
+        score, index = ops.hardest_negatives(*batch, ceiling)
         ctx.mark_non_differentiable(index)
-        ctx.save_for_backward(positive, index, images, captions)
-        return positive, score, index
+        _save(ctx, batch, score, index)
+        return ops.positive_scores(*batch), score, index
 
     @staticmethod
     def backward(ctx, d_positive, d_score, _):
-        need_images, need_captions = ctx.needs_input_grad[:2]
-        d_images, d_captions = ops_of(ctx.backend).hardest_negatives_backward(
-            d_positive, d_score, *ctx.saved_tensors, need_images, need_captions
+        batch, saved = _load(ctx)
+        needed = ctx.needs_input_grad[2:4]
+        gradients = ops_of(ctx.backend).hardest_negatives_backward(
+            *batch, *saved, d_positive, d_score, *needed, False
         )
-        gradients = d_images if need_images else None, d_captions if need_captions else None
-        return *first_order_only(*gradients), None, None, None, None
+        return None, None, *first_order_only(*gradients, needed=needed), *_NONES
 
 
 class _NegativeLogsumexp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, captions, image_ids, caption_ids, num_pairs, *options):
-        ctx.scale, scale_tensor, _, ctx.backend = options
-        positive, logsumexp, scores = ops_of(ctx.backend).negative_logsumexp(
-            images, captions, image_ids, caption_ids, num_pairs, *options[:3]
+    def forward(ctx, backend, save_scores, ceiling, scale, scale_tensor, *batch):
+        ops, ctx.backend, ctx.scale = ops_of(backend), backend, scale
+        constant, log_sum, scores = ops.negative_logsumexp(
+            *batch, ceiling, scale, scale_tensor, save_scores
         )
-        ctx.save_for_backward(
-            logsumexp, scores, images, captions, image_ids, caption_ids, scale_tensor
-        )
-        return positive, logsumexp
+        ctx.mark_non_differentiable(constant)
+        _save(ctx, batch, ceiling, scale_tensor, constant, log_sum, scores)
+        return ops.positive_scores(*batch), constant, log_sum
 
     @staticmethod
-    def backward(ctx, d_positive, d_logsumexp):
-        *tensors, scale_tensor = ctx.saved_tensors
-        need_images, need_captions, need_scale = (ctx.needs_input_grad[i] for i in (0, 1, 6))
-        d_images, d_captions, d_scale = ops_of(ctx.backend).negative_logsumexp_backward(
-            d_positive, d_logsumexp, *tensors, ctx.scale, scale_tensor, need_images, need_captions
+    def backward(ctx, d_positive, _, d_log_sum):
+        batch, (ceiling, scale_tensor, *saved) = _load(ctx)
+        needed = ctx.needs_input_grad[5:7]
+        gradients = ops_of(ctx.backend).negative_logsumexp_backward(
+            *batch, ceiling, ctx.scale, scale_tensor, *saved, d_positive, d_log_sum, *needed, False
         )
-        d_images, d_captions, d_scale = first_order_only(
-            d_images if need_images else None,
-            d_captions if need_captions else None,
-            d_scale if need_scale else None,
-        )
-        return d_images, d_captions, None, None, None, None, d_scale, None, None
+        needed = *needed, ctx.needs_input_grad[4]
+        d_images, d_captions, d_scale = first_order_only(*gradients, needed=needed)
+        return None, None, None, None, d_scale, d_images, d_captions, *_NONES
 
 
 class _HingeSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, images, captions, image_ids, caption_ids, num_pairs, margin, save_scores, backend
-    ):
-        ctx.margin, ctx.backend = margin, backend
-        positive, total, active, scores = ops_of(backend).hinge_sum(
-            images, captions, image_ids, caption_ids, num_pairs, margin, save_scores
-        )
-        ctx.mark_non_differentiable(active)
-        ctx.save_for_backward(positive, active, scores, images, captions, image_ids, caption_ids)
-        return positive, total, active
+    def forward(ctx, backend, save_scores, ceiling, margin, *batch):
+        ops, ctx.backend = ops_of(backend), backend
+        positive = ops.positive_scores(*batch)
+        threshold = (positive - margin).repeat(2)
+        total, active, scores = ops.hinge_sum(*batch, ceiling, threshold, save_scores)
+        _save(ctx, batch, ceiling, threshold, total, scores, active)
+        return positive, total
 
     @staticmethod
-    def backward(ctx, d_positive, d_hinge_sum, _):
-        need_images, need_captions = ctx.needs_input_grad[:2]
-        d_images, d_captions = ops_of(ctx.backend).hinge_sum_backward(
-            d_positive, d_hinge_sum, *ctx.saved_tensors, ctx.margin, need_images, need_captions
+    def backward(ctx, d_positive, d_total):
+        batch, (*saved, active) = _load(ctx)
+        needed = ctx.needs_input_grad[4:6]
+        of_thresholds = (active * d_total).view(2, -1).sum(0)
+        gradients = ops_of(ctx.backend).hinge_sum_backward(
+            *batch, *saved, d_positive - of_thresholds, d_total, *needed, False
         )
-        gradients = d_images if need_images else None, d_captions if need_captions else None
-        return *first_order_only(*gradients), None, None, None, None, None, None
-
-
-class _ScoresHardestNegatives(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, image_ids, caption_ids, num_pairs, backend):
-        ctx.backend = backend
-        positive, score, index = ops_of(backend).hardest_negatives(
-            scores, image_ids, caption_ids, num_pairs
-        )
-        ctx.mark_non_differentiable(index)
-        ctx.save_for_backward(positive, index, scores)
-        return positive, score, index
-
-    @staticmethod
-    def backward(ctx, d_positive, d_score, _):
-        d_scores = ops_of(ctx.backend).hardest_negatives_backward(
-            d_positive, d_score, *ctx.saved_tensors
-        )
-        return *first_order_only(d_scores), None, None, None, None
-
-
-class _ScoresNegativeLogsumexp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, image_ids, caption_ids, num_pairs, scale, scale_tensor, backend):
-        ctx.scale, ctx.backend = scale, backend
-        positive, logsumexp = ops_of(backend).negative_logsumexp(
-            scores, image_ids, caption_ids, num_pairs, scale, scale_tensor
-        )
-        ctx.save_for_backward(logsumexp, scores, image_ids, caption_ids, scale_tensor)
-        return positive, logsumexp
-
-    @staticmethod
-    def backward(ctx, d_positive, d_logsumexp):
-        *tensors, scale_tensor = ctx.saved_tensors
-        d_scores, d_scale = ops_of(ctx.backend).negative_logsumexp_backward(
-            d_positive, d_logsumexp, *tensors, ctx.scale, scale_tensor
-        )
-        d_scores, d_scale = first_order_only(
-            d_scores if ctx.needs_input_grad[0] else None,
-            d_scale if ctx.needs_input_grad[5] else None,
-        )
-        return d_scores, None, None, None, None, d_scale, None
-
-
-class _ScoresHingeSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores, image_ids, caption_ids, num_pairs, margin, backend):
-        ctx.margin, ctx.backend = margin, backend
-        positive, total, active = ops_of(backend).hinge_sum(
-            scores, image_ids, caption_ids, num_pairs, margin
-        )
-        ctx.mark_non_differentiable(active)
-        ctx.save_for_backward(positive, active, scores, image_ids, caption_ids)
-        return positive, total, active
-
-    @staticmethod
-    def backward(ctx, d_positive, d_hinge_sum, _):
-        d_scores = ops_of(ctx.backend).hinge_sum_backward(
-            d_positive, d_hinge_sum, *ctx.saved_tensors, ctx.margin
-        )
-        return *first_order_only(d_scores), None, None, None, None, None
-
-
-class _L2Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, backend):
-        ctx.backend = backend
-        normalized, inverse_norm = ops_of(backend).l2_normalize(rows)
-        ctx.mark_non_differentiable(inverse_norm)
-        ctx.save_for_backward(normalized, inverse_norm)
-        return normalized, inverse_norm
-
-    @staticmethod
-    def backward(ctx, d_normalized, _):
-        d_rows = ops_of(ctx.backend).l2_normalize_backward(d_normalized, *ctx.saved_tensors)
-        return *first_order_only(d_rows), None
+        return None, None, None, None, *first_order_only(*gradients, needed=needed), *_NONES

@@ -34,8 +34,8 @@ def loss_backend(request, monkeypatch) -> str:
     """The same for the losses, which the cpu backend computes in two ways: small ones as one op, others
     composed of the statistics. "cpu, composed" takes all of them the second way."""
     if request.param == "cpu, composed":
-        if cpu.UNAVAILABLE:
-            pytest.skip(cpu.UNAVAILABLE)
+        if reason := cpu.unavailable():
+            pytest.skip(reason)
         monkeypatch.setattr(cpu, "SMALL_ROWS", 0)
         return "cpu"
     return request.param
@@ -89,7 +89,7 @@ def emulated_ops():
 def on_cpu(emulated_ops, monkeypatch):
     """backend="cuda" takes CPU tensors."""
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
 
 
 def on_gpu(case, dtype=torch.bfloat16, seed=0, make=embeddings):

@@ -1,4 +1,4 @@
-// Runs the small-batch loss of csrc/cuda on the CPU, block by block, with the machine that simt.h plays;
+// Runs the small-batch loss of csrc/cuda on the CPU, block by block, with the machine of simt_on_cpu.h;
 // tests/test_cuda_small.py calls this through ctypes. Memory that nobody wrote reads as NaN.
 #include <algorithm>
 #include <memory>
@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "cuda/batch.h"
-#include "cuda/l2_normalize.h"
 #include "cuda/small_loss.h"
 
 namespace {
@@ -117,55 +116,28 @@ void run(const Arguments& a) {
   });
 }
 
-// Calls f(T{}).
-template <typename F>
-void with_type(int bits, const F& f) {
-  if (bits == 32)
-    f(float{});
-  else if (bits == 16)
-    f(Half{});
-  else
-    f(BFloat16{});
-}
-
 }  // namespace
 
 extern "C" void small_loss(const Arguments* a, int bits) {
   backwards = a->backwards;
-  with_type(bits, [&](auto zero) { run<decltype(zero)>(*a); });
+  if (bits == 32)
+    run<float>(*a);
+  else if (bits == 16)
+    run<Half>(*a);
+  else
+    run<BFloat16>(*a);
 }
 
-extern "C" void l2_normalize(const void* rows, int n, int d, int bits, void* normalized,
-                             float* inverse_norm) {
-  with_type(bits, [&](auto zero) {
-    using T = decltype(zero);
-    float partial[THREADS];
-    for (int i = 0; i < n; ++i)
-      normalize::forward(partial, static_cast<const T*>(rows) + i * d, d, static_cast<T*>(normalized) + i * d,
-                         inverse_norm + i);
-  });
+// `numbers`: the fields of BatchShape.
+extern "C" void batch_mistake(const int64_t* numbers, char* text, int room) {
+  BatchShape shape;
+  static_assert(sizeof shape == 11 * sizeof *numbers);
+  std::memcpy(&shape, numbers, sizeof shape);
+  std::strncpy(text, mistake(shape).c_str(), room - 1);
 }
 
-extern "C" void l2_normalize_backward(const void* dy, const void* y, const float* inverse_norm, int n, int d,
-                                      int bits, void* dx) {
-  with_type(bits, [&](auto zero) {
-    using T = decltype(zero);
-    float partial[THREADS];
-    for (int i = 0; i < n; ++i)
-      normalize::backward(partial, static_cast<const T*>(dy) + i * d, static_cast<const T*>(y) + i * d,
-                          inverse_norm[i], d, static_cast<T*>(dx) + i * d);
-  });
-}
-
-extern "C" void batch_mistake(int64_t n, int64_t images_dim, int64_t m, int64_t captions_dim,
-                              int64_t num_pairs, int64_t image_ids, int64_t caption_ids, char* text,
-                              int room) {
-  std::strncpy(text, mistake({n, images_dim, m, captions_dim, num_pairs, image_ids, caption_ids}).c_str(),
-               room - 1);
-}
-
-extern "C" void small_obstacle(int64_t n, int64_t m, int64_t d, int64_t kind, char* text, int room) {
-  std::strncpy(text, obstacle(n, m, d, kind).c_str(), room - 1);
+extern "C" void small_obstacle(const int64_t* x, char* text, int room) {
+  std::strncpy(text, obstacle(x[0], x[1], x[2], x[3], x[4]).c_str(), room - 1);
 }
 
 extern "C" int preferred_cluster_of(int n, int d, int element_size) {

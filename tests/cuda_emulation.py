@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -13,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_vse.backends import cuda, fakes
-
 ROOT = Path(__file__).parent.parent
-KINDS = ("all_negatives", "hardest", "hardest_smooth", "hinge_sum")
+KINDS = (
+    "all_negatives",
+    "hardest",
+    "hardest_smooth",
+    "hinge_sum",
+)  # numbered as in fused_vse/ops.py
 BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 0}  # 0: bfloat16
 
 
@@ -34,20 +36,22 @@ class Arguments(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "d_images", "d_captions", "loss", "d_scale", "positive", "hardest", "index"
+                "d_images", "d_captions", "loss", "d_scale", "positive", "score", "index"
             )
         ),
     ]  # fmt: skip
 
 
 class Result(NamedTuple):
+    """What the op returns; the fields that follow `index` are what its backward op takes."""
+
     loss: Tensor
+    positive: Tensor
+    score: Tensor
+    index: Tensor
+    d_scale: Tensor
     d_images: Tensor
     d_captions: Tensor
-    d_scale: Tensor
-    positive: Tensor
-    hardest: Tensor
-    index: Tensor
 
 
 def why_not() -> str | None:
@@ -66,7 +70,7 @@ def library() -> ctypes.CDLL:
             *(os.environ.get("CXX") or "c++").split(),
             "-shared", "-fPIC", "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror",
             "-Wno-unknown-pragmas",
-            f"-I{ROOT / 'csrc'}",
+            f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent}",
             "-isystem", str(Path(torch.__file__).parent / "include"),
             str(Path(__file__).with_name("cuda_emulation.cpp")),
             "-o", str(path),
@@ -95,7 +99,7 @@ def small_loss(
     aligned: bool = True,
     backwards: bool = False,
 ) -> Result:
-    """torch.ops.fused_vse_cuda.small_loss (csrc/ops.h), on a GPU that runs `resident` blocks at a time."""
+    """torch.ops.fused_vse_cuda.small_loss, on a GPU that runs `resident` blocks at a time."""
     n, d, m, k = *images.shape, captions.shape[0], num_pairs
     images, captions = images.contiguous(), captions.contiguous()
     if cluster is None:
@@ -103,12 +107,12 @@ def small_loss(
     largest = max(weights) or 1.0
     result = Result(
         torch.empty(()),
-        torch.empty_like(images, dtype=torch.float32),
-        torch.empty_like(captions, dtype=torch.float32),
-        torch.empty(()),
         torch.empty(k),
-        torch.empty(2, k),
-        torch.empty(2, k, dtype=torch.int64),
+        torch.empty(2 * k),
+        torch.empty(2 * k, dtype=torch.int64),
+        torch.empty(()),
+        torch.empty(images.shape if need[0] else 0),
+        torch.empty(captions.shape if need[1] else 0),
     )
     pointer = lambda x: None if x is None else x.data_ptr()  # noqa: E731
     arguments = Arguments(
@@ -116,72 +120,35 @@ def small_loss(
         *(n, m, d, k, KINDS.index(kind), scale, margin, pointer(scale_tensor)),
         *(weights[0] / largest, weights[1] / largest, largest / k if mean else largest),
         *(*need, cluster, resident, aligned, backwards),
-        *(x.data_ptr() for x in (result.d_images, result.d_captions, result.loss, *result[3:])),
+        *(x.data_ptr() for x in (*result[5:], result.loss, result.d_scale, *result[1:4])),
     )
     library().small_loss(ctypes.byref(arguments), BITS[images.dtype])
     return result
 
 
-def schema(name: str) -> str:
-    """As csrc/ops.h has it, its string literals put together."""
-    text = (ROOT / "csrc" / "ops.h").read_text()
-    literals = re.search(rf"#define {name}_SCHEMA((?:[^\n]*\\\n)*[^\n]*)", text)[1]
-    return "".join(re.findall(r'"([^"]*)"', literals))
-
-
 def register() -> torch.library.Library:
-    """The ops of fused_vse_cuda for CPU tensors; they last as long as what is returned."""
-    namespace = torch.library.Library(cuda.NAMESPACE, "FRAGMENT")
-    if not hasattr(torch.ops.fused_vse_cuda, "small_loss"):  # the library was not built
-        for name in ("SMALL_LOSS", "SCALE_GRADIENTS", "L2_NORMALIZE", "L2_NORMALIZE_BACKWARD"):
-            namespace.define(schema(name))
-        fakes.register_normalize_fakes(cuda.NAMESPACE)
-        fakes.register_small_loss_fakes(cuda.NAMESPACE)
-    for name, op in _OPS.items():
-        namespace.impl(name, op, "CPU")
-    return namespace
+    """The small-batch ops of fused_vse_cuda for CPU tensors; they last as long as what is returned."""
+    library = torch.library.Library("fused_vse_cuda", "IMPL")
+    library.impl("small_loss", _small_loss, "CPU")
+    library.impl("small_loss_backward", _small_loss_backward, "CPU")
+    return library
 
 
 def _small_loss(
     images, captions, image_ids, caption_ids, num_pairs, kind, scale, scale_tensor, margin,
     image_weight, caption_weight, mean, need_images, need_captions,
 ):  # fmt: skip
-    loss, d_images, d_captions, *rest = small_loss(
+    return small_loss(
         images, captions, (image_ids, caption_ids), num_pairs, KINDS[kind], scale, margin,
         (image_weight, caption_weight), mean, scale_tensor, (need_images, need_captions),
     )  # fmt: skip
-    d_images = d_images if need_images else d_images.new_empty(0)
-    d_captions = d_captions if need_captions else d_captions.new_empty(0)
-    return loss, d_images, d_captions, *rest
 
 
-def _scale_gradients(upstream, d_images, d_captions, d_scale, like):
-    scaled = [(upstream * x).to(like.dtype) for x in (d_images, d_captions)]
-    return *scaled, upstream * d_scale
-
-
-def _l2_normalize(rows):
-    rows = rows.contiguous()
-    normalized, inverse_norm = torch.empty_like(rows), torch.empty(len(rows))
-    outputs = (ctypes.c_void_p(x.data_ptr()) for x in (normalized, inverse_norm))
-    library().l2_normalize(
-        ctypes.c_void_p(rows.data_ptr()), *rows.shape, BITS[rows.dtype], *outputs
-    )
-    return normalized, inverse_norm
-
-
-def _l2_normalize_backward(d_normalized, normalized, inverse_norm):
-    d_rows, d_normalized = torch.empty_like(normalized), d_normalized.contiguous()
-    inputs = (ctypes.c_void_p(x.data_ptr()) for x in (d_normalized, normalized, inverse_norm))
-    library().l2_normalize_backward(
-        *inputs, *normalized.shape, BITS[normalized.dtype], ctypes.c_void_p(d_rows.data_ptr())
-    )
-    return d_rows
-
-
-_OPS = {
-    "small_loss": _small_loss,
-    "scale_gradients": _scale_gradients,
-    "l2_normalize": _l2_normalize,
-    "l2_normalize_backward": _l2_normalize_backward,
-}
+def _small_loss_backward(
+    images, captions, index, d_scale, saved_one, saved_two, upstream, need_images, need_captions
+):
+    gradients = [
+        (upstream * x if need else x.new_empty(0)).to(images.dtype)
+        for x, need in ((saved_one, need_images), (saved_two, need_captions))
+    ]
+    return *gradients, upstream * d_scale

@@ -5,15 +5,15 @@ import itertools
 import sys
 
 import torch
+from cases import embeddings
+from hopper_batches import BATCHES, thresholds
 
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 
 KERNELS = {
     "small": (
         "small_loss_kernel",
-        "scale_gradients_kernel",
-        "l2_normalize_kernel",
-        "l2_normalize_backward_kernel",
+        "small_loss_backward_kernel",
     ),
     "hopper": (
         "survey_kernel",
@@ -26,33 +26,29 @@ KERNELS = {
 }
 
 
-def batches(dtypes, shapes):
-    """Images, captions, ids of each, or None for both; all pairs but the last."""
-    for dtype, (n, m, d), with_ids in itertools.product(dtypes, shapes, (False, True)):
-        pair = [torch.randn(rows, d, device="cuda").to(dtype) for rows in (n, m)]
-        ids = [torch.arange(rows, device="cuda") // 5 if with_ids else None for rows in (n, m)]
-        yield *pair, *ids, min(n, m) - 1
-
-
 def small():
     # More than a tile; aligned rows, long enough for a cluster that shares D, and others.
     dtypes, shapes = (torch.bfloat16, torch.float16, torch.float32), ((70, 72, 264), (130, 129, 35))
-    for images, captions, image_ids, caption_ids, pairs in batches(dtypes, shapes):
-        options = dict(image_ids=image_ids, caption_ids=caption_ids, num_pairs=pairs)
-        leaves = [x.requires_grad_() for x in (images, captions)]
-        all_negatives_loss(*leaves, normalize=True, backend="cuda", **options).backward()
-        for loss in (hardest_negative_loss, hinge_loss):
-            loss(*leaves, backend="cuda", **options).backward()
+    for dtype, (n, m, d), with_ids in itertools.product(dtypes, shapes, (False, True)):
+        pair = [torch.randn(x, d, device="cuda").to(dtype).requires_grad_() for x in (n, m)]
+        ids = [torch.arange(x, device="cuda") // 5 if with_ids else None for x in (n, m)]
+        options = dict(image_ids=ids[0], caption_ids=ids[1], num_pairs=min(n, m) - 1)
+        for loss in (all_negatives_loss, hardest_negative_loss, hinge_loss):
+            loss(*pair, backend="cuda", **options).backward()
 
 
 def hopper():
-    # Several tiles, ragged, an odd number of rows of them; fewer steps along D than stages, and more.
-    ops, shapes = torch.ops.fused_vse_cuda, ((300, 400, 8), (300, 200, 392))
-    for batch in batches((torch.bfloat16, torch.float16), shapes):
-        ops.hopper_hardest_negatives(*batch)
+    # Fewer steps along D than stages, and more.
+    ops = torch.ops.fused_vse_cuda
+    for dtype, case, d in itertools.product((torch.bfloat16, torch.float16), BATCHES, (8, 392)):
+        if max(case.case.rows, case.case.columns) > 900:
+            continue
+        case = case._replace(case=case.case._replace(dim=d))
+        batch = case.batch(embeddings, dtype, "cuda")
+        ops.hopper_hardest_negatives(*batch, None)
         for scale in (1e-3, 1e3):  # one exponential, and two
-            ops.hopper_negative_logsumexp(*batch, scale, None)
-        ops.hopper_hinge_sum(*batch, 0.2)
+            ops.hopper_negative_logsumexp(*batch, None, scale, None, False)
+        ops.hopper_hinge_sum(*batch, None, thresholds(batch), False)
 
 
 if __name__ == "__main__":

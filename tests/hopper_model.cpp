@@ -37,16 +37,16 @@ void multiply(Scores& scores, const float* images, int64_t n, const float* capti
 int wgmma_row(int thread, int i) { return 16 * (thread / 32) + thread % 32 / 4 + 8 * (i / 2 % 2); }
 int wgmma_column(int thread, int i) { return 8 * (i / 4) + 2 * (thread % 4) + i % 2; }
 
-template <typename Statistic, int STRIDE, int COUNT, typename Item, size_t LENGTH>
-void swap_reduce(Item (&items)[32][LENGTH]) {
+template <int STRIDE, int COUNT, typename Statistic, typename Item, size_t LENGTH>
+void swap_reduce(const Statistic& statistic, Item (&items)[32][LENGTH]) {
   if constexpr (COUNT > 1) {
     constexpr int HALF = COUNT / 2, BIT = STRIDE * HALF;
     Item outgoing[32][HALF];
     for (int lane = 0; lane < 32; ++lane) swap_halves<HALF>(items[lane], outgoing[lane], (lane & BIT) != 0);
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < HALF; ++i)
-        items[lane][i] = Statistic::merge(items[lane][i], outgoing[lane ^ BIT][i]);
-    swap_reduce<Statistic, STRIDE, HALF>(items);
+        items[lane][i] = statistic.merge(items[lane][i], outgoing[lane ^ BIT][i]);
+    swap_reduce<STRIDE, HALF>(statistic, items);
   }
 }
 
@@ -66,97 +66,89 @@ void reduce(const Scores& scores, const Statistic& statistic, const Sink& sink, 
       if (walk.may_hold_excluded(tile)) walk.leave_out(acc[lane], tile, warp, lane);
       statistic.prepare(acc[lane]);
       for (int slot = 0; slot < LANE_ROWS; ++slot)
-        rows[lane][slot] = statistic.over_columns(acc[lane], slot, row0 + lane_row(warp, lane, slot),
-                                                  column0 + lane_column(lane, 0, 0));
+        rows[lane][slot] = statistic.over(RowScores{acc[lane], slot}, row0 + lane_row(warp, lane, slot),
+                                          column0 + lane_column(lane, 0, 0));
     }
-    swap_reduce<Statistic, ROW_STRIDE, LANE_ROWS>(rows);
+    swap_reduce<ROW_STRIDE, LANE_ROWS>(statistic, rows);
     for (int lane = 0; lane < 32; ++lane) {
       const int row = row0 + lane_row(warp, lane, slot_of_lane(lane));
-      if (walk.is_row_anchor(row)) sink.store_row(tile, row, rows[lane][0]);
+      if (walk.stores_row(row)) sink.store_row(tile, row, rows[lane][0]);
     }
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       Item items[32][LANE_COLS];
       for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < LANE_COLS; ++i)
-          items[lane][i] = statistic.over_rows(acc[lane], chunk, i, column0 + lane_column(lane, chunk, i),
-                                               row0 + lane_row(warp, lane, 0));
-      swap_reduce<Statistic, COLUMN_STRIDE, LANE_COLS>(items);
+          items[lane][i] = statistic.over(ColumnScores{acc[lane], chunk, i},
+                                          walk.row_anchors + column0 + lane_column(lane, chunk, i),
+                                          row0 + lane_row(warp, lane, 0));
+      swap_reduce<COLUMN_STRIDE, LANE_COLS>(statistic, items);
       for (int lane = 0; lane < 32; ++lane)
         exchanged[warp][lane_column(lane, chunk, item_of_lane(lane))] = items[lane][0];
     }
   }
   for (int c = 0; c < TILE_COLS; ++c) {
     Item total = exchanged[0][c];
-    for (int w = 1; w < WARPS; ++w) total = Statistic::merge(total, exchanged[w][c]);
-    if (walk.is_column_anchor(tile, column0 + c)) sink.store_column(tile, column0 + c, total);
+    for (int w = 1; w < WARPS; ++w) total = statistic.merge(total, exchanged[w][c]);
+    if (walk.stores_column(tile, column0 + c)) sink.store_column(tile, column0 + c, total);
   }
 }
 
 struct Keys {
   uint64_t* best;
-  int64_t num_pairs;
+  int64_t row_anchors;
   void store_row(Tile, int row, uint64_t key) const { best[row] = std::max(best[row], key); }
   void store_column(Tile, int column, uint64_t key) const {
-    best[num_pairs + column] = std::max(best[num_pairs + column], key);
+    best[row_anchors + column] = std::max(best[row_anchors + column], key);
   }
 };
 
-struct Partials {
-  float *rows, *columns;
-  Rectangle rectangle;
-  int64_t num_pairs;
-
-  template <typename Item>
-  void store(float* partial, int slot, int64_t anchors, int64_t anchor, const Item& item) const {
-    float words[sizeof(Item) / 4];
-    memcpy(words, &item, sizeof item);
-    for (int plane = 0; plane < int(sizeof(Item) / 4); ++plane)
-      partial[partial_at(slot, plane, anchors, anchor)] = words[plane];
-  }
-  template <typename Item>
-  void store_row(Tile tile, int row, const Item& item) const {
-    store(rows, tile.column_tile, rectangle.rows(), row - rectangle.row_start, item);
-  }
-  template <typename Item>
-  void store_column(Tile tile, int column, const Item& item) const {
-    store(columns, tile.row_tile + 1, num_pairs, column, item);
-  }
-};
-
+// Everything of an op's arguments that does not depend on the statistic.
 struct Batch {
   const float *images, *captions;
-  int64_t n, m, d, k;
-  std::vector<int64_t> image_ids, caption_ids;  // with room, or empty
+  const int64_t *image_ids, *caption_ids;  // or null
+  int64_t n, m, d, row_anchors, column_anchors, pair_row, pair_column, pair_count;
+  int64_t workspace_bytes, clusters;
+
+  int64_t anchors() const { return row_anchors + column_anchors; }
 
   // reduce_tile(scores, walk, tile) for every tile of the rectangle, by `clusters` clusters in some order.
   template <typename F>
-  void walk(const Rectangle& rectangle, int clusters, const F& reduce_tile) const {
+  void walk(const Rectangle& rectangle, const F& reduce_tile) const {
     Walk walk{};
     walk.rectangle = rectangle;
     walk.raster = Raster::of(rectangle);
-    walk.num_pairs = int(k);
+    walk.row_anchors = int(row_anchors);
+    walk.column_anchors = int(column_anchors);
+    walk.pair_row = int(pair_row);
+    walk.pair_column = int(pair_column);
+    walk.pair_count = int(pair_count);
     std::vector<IdRange> ranges;
-    if (!image_ids.empty()) {
-      walk.image_ids = image_ids.data();
-      walk.caption_ids = caption_ids.data();
+    std::vector<int64_t> rows, columns;  // with room
+    if (image_ids) {
+      rows.assign(image_ids, image_ids + n);
+      columns.assign(caption_ids, caption_ids + m);
       const auto range = [&](const std::vector<int64_t>& ids, int begin, int end) {
         const auto [low, high] = std::minmax_element(ids.begin() + begin, ids.begin() + end);
         ranges.push_back({*low, *high});
       };
       for (int t = 0; t < rectangle.row_tiles(); ++t) {
         const int begin = Tile{t, 0}.row(rectangle);
-        range(image_ids, begin, std::min(begin + TILE_ROWS, rectangle.row_stop));
+        range(rows, begin, std::min(begin + TILE_ROWS, rectangle.row_stop));
       }
       for (int t = 0; t < rectangle.column_tiles(); ++t) {
         const int begin = Tile{0, t}.column();
-        range(caption_ids, begin, std::min(begin + TILE_COLS, rectangle.num_columns));
+        range(columns, begin, std::min(begin + TILE_COLS, rectangle.num_columns));
       }
+      rows.resize(n + CLUSTER * TILE_ROWS, image_ids[0]);
+      columns.resize(m + TILE_COLS, caption_ids[0]);
+      walk.image_ids = rows.data();
+      walk.caption_ids = columns.data();
       walk.row_ranges = ranges.data();
       walk.column_ranges = ranges.data() + rectangle.row_tiles();
     }
     const auto scores = std::make_unique<Scores>();
-    for (int cluster = clusters - 1; cluster >= 0; --cluster)
-      for (int number = cluster; number < walk.raster.cluster_tiles; number += clusters)
+    for (int64_t cluster = clusters - 1; cluster >= 0; --cluster)
+      for (int number = int(cluster); number < walk.raster.cluster_tiles; number += int(clusters))
         for (int rank = 0; rank < CLUSTER; ++rank) {
           const Tile tile = walk.raster.tile(number, rank);
           multiply(*scores, images, n, captions, m, d, tile.row(rectangle), tile.column());
@@ -164,103 +156,84 @@ struct Batch {
         }
   }
 
-  // reduce_tile as above, with a sink; then merge(partial, slots, is_column) for every anchor of each piece,
-  // which returns the two planes to carry over.
+  std::vector<Rectangle> in_pieces(int64_t height) const {
+    return rectangles(n, m, row_anchors, column_anchors, height);
+  }
+
+  // reduce_tile as above, with a sink; then merge(partial, slots) for every anchor of each piece, which
+  // returns the item to carry over.
   template <typename F, typename G>
-  void walk_in_pieces(int64_t workspace_bytes, int clusters, const F& reduce_tile, const G& merge) const {
-    const auto pieces = rectangles(n, m, k, piece_height(workspace_bytes, partial_bytes_per_row(m, k)));
-    const PartialSizes sizes = partial_sizes(pieces, k);
+  void walk_in_pieces(const F& reduce_tile, const G& merge) const {
+    const auto pieces = in_pieces(piece_height(workspace_bytes, partial_bytes_per_row(m, column_anchors)));
+    const PartialSizes sizes = partial_sizes(pieces, column_anchors);
     std::vector<float> rows(sizes.rows, NAN), columns(sizes.columns, NAN);
     bool first = true;
     for (const Rectangle& piece : pieces) {
-      const Partials sink{rows.data(), columns.data(), piece, k};
-      walk(piece, clusters,
+      const Partials sink{rows.data(), columns.data(), piece, column_anchors};
+      walk(piece,
            [&](const Scores& scores, const Walk& w, Tile tile) { reduce_tile(scores, w, tile, sink); });
       for (const bool is_column : {false, true})
-        for (int64_t anchor = 0; anchor < std::max<int64_t>(k, piece.rows()); ++anchor) {
-          const Slots slots = slots_of(piece, k, first, is_column, anchor);
+        for (int64_t at = 0; at < std::max<int64_t>(column_anchors, piece.rows()); ++at) {
+          const Slots slots = slots_of(piece, row_anchors, column_anchors, first, is_column, at);
           if (!slots.exists) continue;
-          const auto planes = merge(is_column ? columns.data() : rows.data(), slots, is_column);
-          if (is_column)
-            for (int plane = 0; plane < PLANES; ++plane)
-              columns[partial_at(0, plane, k, anchor)] = planes[plane];
+          const auto item = merge(is_column ? columns.data() : rows.data(), slots);
+          if (is_column) Partials::store(columns.data(), 0, slots.anchors, slots.at, item);
         }
       first = false;
     }
   }
 };
 
-Batch make_batch(const float* images, int64_t n, const float* captions, int64_t m, int64_t d, int64_t k,
-                 const int64_t* image_ids, const int64_t* caption_ids) {
-  Batch batch{images, captions, n, m, d, k, {}, {}};
-  if (image_ids) {
-    batch.image_ids.assign(image_ids, image_ids + n);
-    batch.caption_ids.assign(caption_ids, caption_ids + m);
-    batch.image_ids.resize(n + CLUSTER * TILE_ROWS, image_ids[0]);
-    batch.caption_ids.resize(m + TILE_COLS, caption_ids[0]);
-  }
-  return batch;
-}
-
 }  // namespace
-
-#define BATCH                                                                             \
-  const float *images, int64_t n, const float *captions, int64_t m, int64_t d, int64_t k, \
-      const int64_t *image_ids, const int64_t *caption_ids, int64_t workspace_bytes, int clusters
-#define MAKE_BATCH make_batch(images, n, captions, m, d, k, image_ids, caption_ids)
 
 extern "C" {
 
-// score, index [2, K]
-void model_hardest(BATCH, float* score, int64_t* index) {
-  (void)workspace_bytes;
-  const Batch batch = MAKE_BATCH;
-  std::vector<uint64_t> best(2 * k, 0);
-  for (const Rectangle& piece : rectangles(n, m, k, n))
-    batch.walk(piece, clusters, [&](const Scores& scores, const Walk& walk, Tile tile) {
-      reduce(scores, Hardest{}, Keys{best.data(), k}, walk, tile);
+// score, index [R + C]
+void model_hardest(const Batch* batch, float* score, int64_t* index) {
+  std::vector<uint64_t> best(batch->anchors(), 0);
+  for (const Rectangle& piece : batch->in_pieces(batch->n))
+    batch->walk(piece, [&](const Scores& scores, const Walk& walk, Tile tile) {
+      reduce(scores, Hardest{}, Keys{best.data(), batch->row_anchors}, walk, tile);
     });
-  for (int64_t a = 0; a < 2 * k; ++a) {
+  for (int64_t a = 0; a < batch->anchors(); ++a) {
     score[a] = Hardest::score(best[a]);
     index[a] = Hardest::index(best[a]);
   }
 }
 
-// logsumexp [2, K]; returns whether one exponential served both directions.
-int model_logsumexp(BATCH, double scale, float max_image_square, float max_caption_square,
-                    double* logsumexp) {
+// reference, log_sum [R + C]; returns whether one exponential served both directions, or -1 for a scale that
+// is none.
+int model_logsumexp(const Batch* batch, double scale, float max_image_square, float max_caption_square,
+                    float* reference, double* sums) {
   const Bounds bounds{{0, 0, bits_as<uint32_t>(max_image_square), bits_as<uint32_t>(max_caption_square)}};
-  const Exponent exponent = Exponent::make(scale, bounds, float(std::max(n, m)));
-  MAKE_BATCH.walk_in_pieces(
-      workspace_bytes, clusters,
+  const Exponent exponent = Exponent::make(scale, bounds, float(std::max(batch->n, batch->m)));
+  batch->walk_in_pieces(
       [&](const Scores& scores, const Walk& walk, Tile tile, const Partials& sink) {
         if (exponent.one)
           reduce(scores, LogsumexpOneExp{exponent}, sink, walk, tile);
         else
           reduce(scores, LogsumexpTwoExp{exponent}, sink, walk, tile);
       },
-      [&](const float* partial, const Slots& slots, bool is_column) {
+      [&](const float* partial, const Slots& slots) {
         const ScaledSum<double> sum = merge_logsumexp(partial, slots, exponent);
-        logsumexp[is_column * k + slots.pair] = sum.logsumexp();
-        return std::vector<float>{float(sum.total), sum.reference};
+        reference[slots.number] = finite(sum.reference);
+        sums[slots.number] = log_sum(sum, exponent);
+        return ScaledSum<float>{float(sum.total), sum.reference};
       });
-  return exponent.one;
+  return exponent.valid() ? exponent.one : -1;
 }
 
-// total, active [2, K]
-void model_hinge(BATCH, const float* positive, float margin, float* total, int64_t* active) {
-  const Hinge hinge{positive, margin, int(k)};
-  MAKE_BATCH.walk_in_pieces(
-      workspace_bytes, clusters,
-      [&](const Scores& scores, const Walk& walk, Tile tile, const Partials& sink) {
-        reduce(scores, hinge, sink, walk, tile);
-      },
-      [&](const float* partial, const Slots& slots, bool is_column) {
-        const HingeTotal sum = merge_hinge(partial, slots);
-        total[is_column * k + slots.pair] = float(sum.total);
-        active[is_column * k + slots.pair] = sum.active;
-        return std::vector<float>{float(sum.total), bits_as<float>(int(sum.active))};
-      });
+// total, active [R + C]
+void model_hinge(const Batch* batch, const float* threshold, float* total, int64_t* active) {
+  const Hinge hinge{threshold, int(batch->anchors()) - 1};
+  batch->walk_in_pieces([&](const Scores& scores, const Walk& walk, Tile tile,
+                            const Partials& sink) { reduce(scores, hinge, sink, walk, tile); },
+                        [&](const float* partial, const Slots& slots) {
+                          const HingeTotal sum = merge_hinge(partial, slots);
+                          total[slots.number] = float(sum.total);
+                          active[slots.number] = sum.active;
+                          return Hinge::Item{float(sum.total), int(sum.active)};
+                        });
 }
 
 // --- the parts, for tests by brute force
@@ -292,14 +265,14 @@ struct Sum {
 void swap_columns(const int64_t* values, int64_t* totals) {
   int64_t items[32][LANE_COLS];
   memcpy(items, values, sizeof items);
-  swap_reduce<Sum, COLUMN_STRIDE, LANE_COLS>(items);
+  swap_reduce<COLUMN_STRIDE, LANE_COLS>(Sum{}, items);
   for (int lane = 0; lane < 32; ++lane) totals[lane] = items[lane][0];
 }
 // values [32, 4]
 void swap_rows(const int64_t* values, int64_t* totals) {
   int64_t items[32][LANE_ROWS];
   memcpy(items, values, sizeof items);
-  swap_reduce<Sum, ROW_STRIDE, LANE_ROWS>(items);
+  swap_reduce<ROW_STRIDE, LANE_ROWS>(Sum{}, items);
   for (int lane = 0; lane < 32; ++lane) totals[lane] = items[lane][0];
 }
 
@@ -326,15 +299,17 @@ void advance(int* stage, int* phase, int steps) {
 }
 
 // pieces [*, 3] and the floats of partial results for rows and for columns; returns how many pieces.
-int pieces(int64_t n, int64_t m, int64_t k, int64_t workspace_bytes, int* out, int64_t* floats) {
-  const auto all = rectangles(n, m, k, piece_height(workspace_bytes, partial_bytes_per_row(m, k)));
+int pieces(int64_t n, int64_t m, int64_t row_anchors, int64_t column_anchors, int64_t workspace_bytes,
+           int* out, int64_t* floats) {
+  const int64_t height = piece_height(workspace_bytes, partial_bytes_per_row(m, column_anchors));
+  const auto all = rectangles(n, m, row_anchors, column_anchors, height);
   int* at = out;
   for (const Rectangle& piece : all) {
     *at++ = piece.row_start;
     *at++ = piece.row_stop;
     *at++ = piece.num_columns;
   }
-  const PartialSizes sizes = partial_sizes(all, k);
+  const PartialSizes sizes = partial_sizes(all, column_anchors);
   floats[0] = sizes.rows;
   floats[1] = sizes.columns;
   return int(all.size());

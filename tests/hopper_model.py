@@ -49,47 +49,53 @@ def constant(name: str) -> int:
 
 
 def _pointer(x: Tensor | None):
-    return None if x is None else ctypes.c_void_p(x.data_ptr())
+    return None if x is None else x.data_ptr()
 
 
-class Batch:
-    """A batch as the model takes it. The tensors must outlive the calls."""
+class _Arguments(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("images", "captions", "image_ids", "caption_ids")),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "n", "m", "d", "row_anchors", "column_anchors", "pair_row", "pair_column",
+                "pair_count", "workspace_bytes", "clusters",
+            )
+        ),
+    ]  # fmt: skip
 
-    def __init__(self, images: Tensor, captions: Tensor, ids, num_pairs: int, clusters: int = 3):
-        self.images, self.captions = (x.float().contiguous() for x in (images, captions))
-        self.ids = ids
-        self.num_pairs, self.clusters = num_pairs, clusters
 
-    def _arguments(self, workspace_bytes: int):
-        images, captions = self.images, self.captions
-        return (
-            _pointer(images), ctypes.c_int64(len(images)),
-            _pointer(captions), ctypes.c_int64(len(captions)),
-            ctypes.c_int64(images.shape[1]), ctypes.c_int64(self.num_pairs),
-            *map(_pointer, self.ids), ctypes.c_int64(workspace_bytes), ctypes.c_int(self.clusters),
-        )  # fmt: skip
+class Model:
+    """The statistics of an `ops.Batch`, with S in pieces for so many bytes of partial results."""
+
+    def __init__(self, batch, workspace_bytes: int = 256 << 20, clusters: int = 3):
+        self.tensors = [x.float().contiguous() for x in batch[:2]]
+        self.anchors = batch.row_anchors + batch.column_anchors
+        images, captions = self.tensors
+        self.arguments = ctypes.byref(
+            _Arguments(
+                *map(_pointer, (*self.tensors, *batch[2:4])),
+                *(len(images), len(captions), images.shape[1], *batch[4:9]),
+                *(workspace_bytes, clusters),
+            )
+        )
+
+    def _call(self, name: str, *arguments, results: tuple[torch.dtype, ...]):
+        tensors = [torch.empty(self.anchors, dtype=dtype) for dtype in results]
+        outputs = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+        returned = getattr(library(), f"model_{name}")(self.arguments, *arguments, *outputs)
+        return *tensors, returned
 
     def hardest(self) -> tuple[Tensor, Tensor]:
-        score = torch.empty(2, self.num_pairs)
-        index = torch.empty(2, self.num_pairs, dtype=torch.int64)
-        library().model_hardest(*self._arguments(1), _pointer(score), _pointer(index))
-        return score, index
+        return self._call("hardest", results=(torch.float32, torch.int64))[:2]
 
-    def logsumexp(self, scale: float, workspace_bytes: int) -> tuple[Tensor, bool]:
-        result = torch.empty(2, self.num_pairs, dtype=torch.float64)
-        squares = [x.square().sum(1).max().item() for x in (self.images, self.captions)]
-        one_exp = library().model_logsumexp(
-            *self._arguments(workspace_bytes), ctypes.c_double(scale),
-            *map(ctypes.c_float, squares), _pointer(result),
-        )  # fmt: skip
-        return result, bool(one_exp)
+    def logsumexp(self, scale: float) -> tuple[Tensor, Tensor, int]:
+        """reference, log_sum, and whether it took one exponential (-1: the scale is none)."""
+        squares = [x.square().sum(1).max().item() for x in self.tensors]
+        options = ctypes.c_double(scale), *map(ctypes.c_float, squares)
+        return self._call("logsumexp", *options, results=(torch.float32, torch.float64))
 
-    def hinge(self, positive: Tensor, margin: float, workspace_bytes: int) -> tuple[Tensor, Tensor]:
-        total = torch.empty(2, self.num_pairs)
-        active = torch.empty(2, self.num_pairs, dtype=torch.int64)
-        positive = positive.float().contiguous()
-        library().model_hinge(
-            *self._arguments(workspace_bytes), _pointer(positive), ctypes.c_float(margin),
-            _pointer(total), _pointer(active),
-        )  # fmt: skip
-        return total, active
+    def hinge(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        threshold = threshold.float().contiguous()
+        pointer = ctypes.c_void_p(threshold.data_ptr())
+        return self._call("hinge", pointer, results=(torch.float32, torch.int64))[:2]

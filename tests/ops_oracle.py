@@ -15,7 +15,18 @@ class Scores(NamedTuple):
 
 
 def scores_of(batch, ceiling: Tensor | None = None) -> Scores:
-    images, captions, image_ids, caption_ids, r, c, pair_row, pair_column, pair_count, similarity = batch
+    (
+        images,
+        captions,
+        image_ids,
+        caption_ids,
+        r,
+        c,
+        pair_row,
+        pair_column,
+        pair_count,
+        similarity,
+    ) = batch
     if captions is None:
         s = images.double()
     elif similarity == 0:
@@ -26,7 +37,7 @@ def scores_of(batch, ceiling: Tensor | None = None) -> Scores:
     if image_ids is not None:
         negative = image_ids[:, None] != caption_ids[None, :]
     else:
-        negative = torch.ones(s.shape, dtype=torch.bool)
+        negative = torch.ones_like(s, dtype=torch.bool)
         pair = torch.arange(pair_count)
         negative[pair_row + pair, pair_column + pair] = False
     of_rows, of_columns = negative.clone(), negative.clone()

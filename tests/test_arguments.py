@@ -298,7 +298,7 @@ def test_backends_and_requests_for_missing_ones(monkeypatch):
     from fused_vse.backends import cpu
 
     assert fused_vse.backends()["reference"] == "available"
-    monkeypatch.setattr(cpu, "UNAVAILABLE", "it was not built; build it")
+    monkeypatch.setattr(cpu, "unavailable", lambda: "it was not built; build it")
     assert fused_vse.backends()["cpu"] == "it was not built; build it"
     with pytest.raises(
         RuntimeError, match="backend='cpu' is not available: it was not built; build it"

@@ -17,9 +17,7 @@ LIBRARY = Path(fused_vse.__file__).parent / "_cuda.abi3.so"
 # memory and want eight.
 BUDGETS = {
     "small_loss_kernel": (128, 0),
-    "scale_gradients_kernel": (32, 0),
-    "l2_normalize_kernel": (32, 1024),
-    "l2_normalize_backward_kernel": (32, 1024),
+    "small_loss_backward_kernel": (32, 0),
     # What setmaxnreg then divides between the warpgroups; tests/test_cuda_hopper_compile.py says more.
     "statistics_kernel": (168, 0),
     "survey_kernel": (48, 16),

@@ -1,26 +1,24 @@
 """The Hopper kernels without a GPU: the arithmetic that they share with a model in plain C++, tested by
-brute force, and the model's results, tile by tile in the kernel's order, against the reference."""
+brute force, and the model's results, tile by tile in the kernel's order, against tests/ops_oracle.py."""
 
 import ctypes
 import itertools
 import random
 
 import hopper_model
+import ops_oracle as oracle
 import pytest
 import torch
-from cases import CASES, Case, embeddings, ids_of, integer_embeddings
+from cases import CASES, Case, integer_embeddings
 from conftest import assert_close
+from hopper_batches import BATCHES, Anchored, in_float64, thresholds
+from hopper_model import Model
 from hopper_protocol import Cluster
-
-from fused_vse import reference
 
 pytestmark = pytest.mark.skipif(
     hopper_model.why_missing() is not None, reason=str(hopper_model.why_missing())
 )
-SEVERAL = Case("several cluster tiles", 700, 900, 650, 24)
-SEVERAL_WITH_IDS = Case("several cluster tiles with ids", 700, 420, 400, 24, "groups of five")
-UNRELATED_IDS = Case("ids meet in every tile", 300, 400, 280, 16, "unrelated")
-MODEL_CASES = [*CASES, SEVERAL, SEVERAL_WITH_IDS, UNRELATED_IDS]
+SEVERAL = Anchored(Case("several cluster tiles", 700, 900, 650, 24))
 LARGE = 256 << 20
 SMALL = 1  # one row of cluster tiles at a time
 
@@ -125,30 +123,43 @@ def test_ring_position_counts_like_an_integer():
 # --- pieces and workspace
 
 
-def pieces_of(n, m, k, workspace):
+def pieces_of(n, m, row_anchors, column_anchors, workspace):
     out, floats = ints(*[0] * 30000), (ctypes.c_int64 * 2)()
-    arguments = map(ctypes.c_int64, (n, m, k, workspace))
+    arguments = map(ctypes.c_int64, (n, m, row_anchors, column_anchors, workspace))
     count = hopper_model.library().pieces(*arguments, out, floats)
     return [tuple(out[3 * i : 3 * i + 3]) for i in range(count)], list(floats)
 
 
 @pytest.mark.parametrize("workspace", [1, 1 << 20, LARGE])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1000, 700, 600), (600, 1000, 600), (70000, 9000, 9)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (1000, 700, 600, 600),
+        (600, 1000, 600, 600),
+        (70000, 9000, 9, 9),
+        (700, 900, 650, 800),
+        (700, 900, 0, 300),
+        (700, 900, 300, 0),
+        (700, 900, 0, 0),
+    ],
+)
 def test_pieces_cover_what_anchors_see(shape, workspace):
-    n, m, k = shape
-    pieces, floats = pieces_of(n, m, k, workspace)
-    assert [p[0] for p in pieces] == [0, *(p[1] for p in pieces[:-1])] and pieces[-1][1] == n
-    for start, stop, columns in pieces:
-        assert start < stop and columns == (m if start < k else k)
-        assert stop <= k or start >= k
-    row_floats = max(2 * -(-columns // 192) * (stop - start) for start, stop, columns in pieces)
-    column_floats = max(2 * (-(-(stop - start) // 128) + 1) * k for start, stop, _ in pieces)
-    assert floats == [row_floats, column_floats]
+    n, m, r, c = shape
+    pieces, floats = pieces_of(n, m, r, c, workspace)
+    for begin, end, columns in ((0, r, m), (r, n, c)):
+        mine = [p for p in pieces if begin <= p[0] < end]
+        assert all(p[0] < p[1] and p[2] == columns for p in mine)
+        rows = [row for start, stop, _ in mine for row in range(start, stop)]
+        assert rows == (list(range(begin, end)) if columns else [])
+    row_floats = [2 * -(-columns // 192) * (stop - start) for start, stop, columns in pieces]
+    column_floats = [2 * (-(-(stop - start) // 128) + 1) * c for start, stop, _ in pieces]
+    assert floats == [max(row_floats, default=0), max(column_floats, default=0)]
 
 
 @pytest.mark.parametrize("size", [4096, 32768, 262144])
 def test_partial_results_stay_within_the_workspace(size):
-    pieces, floats = pieces_of(size, size, size, LARGE)
+    pieces, floats = pieces_of(size, size, size, size, LARGE)
     # One slot of the columns beyond those of the tiles carries over.
     assert 4 * sum(floats) <= LARGE + 8 * size
     assert size > 32768 or len(pieces) == 1
@@ -180,8 +191,9 @@ def test_obstacles_name_what_is_in_the_way():
     assert "0 elements apart" in obstacle(stride=0)
     assert "16-byte" in obstacle(address=8)
     assert "captions" in obstacle(captions={"address": 2})
-    assert "32-bit" in obstacle(rows=2**31 - 100)
-    assert "tiles" in obstacle(rows=2**30, captions={"rows": 2**30})
+    assert "32-bit" in obstacle(rows=2**30)
+    assert "dimensions" in obstacle(dim=2**31 - 8, stride=2**31 - 8)
+    assert "tiles" in obstacle(rows=2**29, captions={"rows": 2**29})
 
 
 @pytest.mark.parametrize(
@@ -217,64 +229,73 @@ def test_keys_order_by_score_and_then_by_smaller_index():
 # --- the whole pass
 
 
-def expected_batch(case, images, captions):
-    return images.double(), captions.double(), *ids_of(case), case.pairs
-
-
-@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+@pytest.mark.parametrize("case", BATCHES, ids=str)
 def test_hardest_is_exact(case):
-    images, captions = integer_embeddings(case)
-    score, index = hopper_model.Batch(images, captions, ids_of(case), case.pairs).hardest()
-    _, *expected = reference.hardest_negatives(*expected_batch(case, images, captions))
-    assert torch.equal(score.double(), expected[0]) and torch.equal(index, expected[1])
+    batch = case.batch(integer_embeddings)
+    score, index = Model(batch).hardest()
+    expected, where = oracle.hardest_negatives(in_float64(batch))
+    assert torch.equal(score.double(), expected) and torch.equal(index, where)
 
 
 @pytest.mark.parametrize("workspace", [LARGE, SMALL])
 @pytest.mark.parametrize(("scale", "one_exp"), [(10.0, True), (200.0, False)])
-@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+@pytest.mark.parametrize("case", BATCHES, ids=str)
 def test_logsumexp(case, scale, one_exp, workspace):
-    images, captions = embeddings(case, torch.float32)
-    batch = hopper_model.Batch(images, captions, ids_of(case), case.pairs)
-    result, took_one = batch.logsumexp(scale, workspace)
+    batch = case.batch()
+    reference, log_sum, took_one = Model(batch, workspace).logsumexp(scale)
     assert took_one == one_exp
-    _, expected = reference.negative_logsumexp(*expected_batch(case, images, captions), scale)
+    expected = oracle.logsumexp(in_float64(batch), None, scale)
     # float32 rounding of a score times the scale, which is an error of the exponent.
-    assert_close(result, expected.double(), 4e-7)
+    assert_close(scale * reference.double() + log_sum, expected, 4e-7)
+    if not one_exp:
+        score, _ = Model(batch).hardest()
+        assert torch.equal(reference, score.nan_to_num(neginf=0.0))
 
 
 def test_one_exponential_keeps_rows_far_below_the_others():
     """At temperature 0.012 exp spans e^167: what a reference taken from the whole tile would flush to 0."""
-    images, captions = embeddings(CASES[2], torch.float32)
+    batch = Anchored(CASES[2]).batch()
+    images, captions = batch.images, batch.captions
     captions[1:] = -images[:1]
     images[1:] = images[:1]
-    batch = hopper_model.Batch(images, captions, (None, None), len(images))
-    result, took_one = batch.logsumexp(1 / 0.0125, LARGE)
-    assert took_one
-    _, expected = reference.negative_logsumexp(
-        images.double(), captions.double(), None, None, len(images), 1 / 0.0125
-    )
-    assert_close(result, expected.double(), 4e-7)
+    reference, log_sum, took_one = Model(batch).logsumexp(1 / 0.0125)
+    assert took_one == 1 and (reference == 0).all()
+    assert_close(log_sum, oracle.logsumexp(in_float64(batch), None, 1 / 0.0125), 4e-7)
 
 
 @pytest.mark.parametrize("workspace", [LARGE, SMALL])
-@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+@pytest.mark.parametrize("scale", [10.0, 1e4])
+def test_large_offsets_do_not_absorb_the_logarithm(scale, workspace):
+    """Logits of 3e7 and 3e10, where the floats are 2 and 2048 apart: c s would have lost the differences."""
+    batch = Anchored(Case("large scores", 300, 300, 300, 4)).batch()
+    batch.images.fill_(1e3), batch.captions.fill_(1e3)
+    batch.captions[:, 3] = 1
+    batch.images[::3, 3] += 0.25  # and so does the score
+    reference, log_sum, _ = Model(batch, workspace).logsumexp(scale)
+    wide = in_float64(batch)
+    assert torch.equal(reference.double(), oracle.hardest_negatives(wide)[0])
+    difference = wide._replace(images=wide.images - wide.images[1])
+    largest, _ = oracle.hardest_negatives(difference)
+    assert_close(log_sum, oracle.logsumexp(difference, None, scale) - scale * largest, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_noticed(scale):
+    assert Model(Anchored(CASES[2]).batch()).logsumexp(scale)[2] == -1
+
+
+@pytest.mark.parametrize("workspace", [LARGE, SMALL])
+@pytest.mark.parametrize("case", BATCHES, ids=str)
 def test_hinge_sum_is_exact(case, workspace):
-    images, captions = integer_embeddings(case)
-    positive = (images[: case.pairs] * captions[: case.pairs]).sum(1)
-    batch = hopper_model.Batch(images, captions, ids_of(case), case.pairs)
-    total, active = batch.hinge(positive, 0.25, workspace)
-    _, *expected = reference.hinge_sum(*expected_batch(case, images, captions), 0.25)
-    assert torch.equal(total.double(), expected[0]) and torch.equal(active, expected[1])
+    batch = case.batch(integer_embeddings)
+    threshold = thresholds(batch)
+    total, active = Model(batch, workspace).hinge(threshold)
+    expected, count = oracle.hinge_sum(in_float64(batch), None, threshold)
+    assert torch.equal(total.double(), expected) and torch.equal(active, count)
 
 
 def test_the_number_of_clusters_does_not_matter():
-    images, captions = embeddings(SEVERAL, torch.float32)
-    results = [
-        hopper_model.Batch(images, captions, (None, None), SEVERAL.pairs, clusters).logsumexp(
-            10.0, LARGE
-        )[0]
-        for clusters in (1, 4, 66)
-    ]
+    results = [Model(SEVERAL.batch(), clusters=n).logsumexp(10.0)[1] for n in (1, 4, 66)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

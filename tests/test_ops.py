@@ -1,6 +1,7 @@
 """Every op of fused_vse/ops.py against ops_oracle.py: anchors and pairs of any kind, ceilings, thresholds,
 statistics merged from parts, gradients in the accumulation type."""
 
+import itertools
 import os
 
 import ops_oracle as oracle
@@ -91,9 +92,7 @@ def pairs_objective(batch, d_positive):
 
 def check_gradients(batch, got, objective, tolerance, needs=(True, True, False)):
     want = oracle.gradients(batch, objective)
-    for g, w, x, need, wide in zip(
-        got, want, batch[:2], needs[:2], (False, needs[2]), strict=True
-    ):
+    for g, w, x, need, wide in zip(got, want, batch[:2], needs[:2], (False, needs[2]), strict=True):
         if not need or x is None:
             assert g.numel() == 0
             continue
@@ -140,9 +139,7 @@ def test_hardest_negatives(source, anchors, ids, with_ceiling):
             total = total + g[a].double() * s[i, j]
         return total
 
-    got = OPS.hardest_negatives_backward(
-        *batch, score, index, d_positive, g, True, True, False
-    )
+    got = OPS.hardest_negatives_backward(*batch, score, index, d_positive, g, True, True, False)
     check_gradients(batch, got, objective, 1e-10)
 
 
@@ -179,12 +176,14 @@ def check_logsumexp(batch, ceiling, kept=False, needs=(True, True, False)):
         reference, log_sum, saved = OPS.negative_logsumexp(*batch, ceiling, *options, kept)
         expected = oracle.logsumexp(batch, ceiling, 12.5)
         assert log_sum.dtype == torch.float64 and reference.isfinite().all()
-        assert_close(12.5 * reference.double() + log_sum, expected, min(tolerance, 2e-5), "logsumexp")
+        assert_close(
+            12.5 * reference.double() + log_sum, expected, min(tolerance, 2e-5), "logsumexp"
+        )
         d_positive, g = upstream(batch, 2)
 
-        def objective(attached, factor=12.5, g=g):
+        def objective(attached, d_positive=d_positive, g=g):
             total = pairs_objective(attached, d_positive)
-            return total + weighted(oracle.logsumexp(attached, ceiling, factor), g)
+            return total + weighted(oracle.logsumexp(attached, ceiling, 12.5), g)
 
         *got, d_scale = OPS.negative_logsumexp_backward(
             *batch, ceiling, *options, reference, log_sum, saved, d_positive, g, *needs
@@ -221,9 +220,7 @@ def check_hinge(batch, ceiling, kept=False, needs=(True, True, False)):
         sums, _ = oracle.hinge_sum(attached, ceiling, threshold)
         return pairs_objective(attached, d_positive) + (sums * g.double()).sum()
 
-    got = OPS.hinge_sum_backward(
-        *batch, ceiling, threshold, total, saved, d_positive, g, *needs
-    )
+    got = OPS.hinge_sum_backward(*batch, ceiling, threshold, total, saved, d_positive, g, *needs)
     check_gradients(batch, got, objective, tolerance, needs)
 
 
@@ -277,7 +274,7 @@ def test_statistics_merged_from_parts_of_the_columns(source):
         captions = whole.captions[begin:end]
         return Batch(whole.images, captions, None, None, *anchors, whole.similarity)
 
-    parts = [chunk(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [chunk(a, b) for a, b in itertools.pairwise(cuts)]
     _, g = upstream(whole, 6)
     scale = 9.0
     results = [OPS.negative_logsumexp(*part, None, scale, None, False)[:2] for part in parts]
@@ -309,8 +306,9 @@ def test_poison(source, value, row):
     """Row 44 is an extra negative; with given scores, column 3 of it is an anchor's."""
     batch = make(source, ANCHORS["own rows, columns of all ranks"], torch.float32)
     batch.images[row, 3] = value
-    ceiling, threshold = ceilings(make(source, batch[4:9], torch.float32)), vector(
-        make(source, batch[4:9], torch.float32), 3
+    ceiling, threshold = (
+        ceilings(make(source, batch[4:9], torch.float32)),
+        vector(make(source, batch[4:9], torch.float32), 3),
     )
     d_positive, g = upstream(batch, 8)
     needs = True, batch.captions is not None, False
@@ -327,9 +325,7 @@ def test_poison(source, value, row):
     assert all(x.isnan().all() for x in got)
     total, active, saved = OPS.hinge_sum(*batch, ceiling, threshold, False)
     assert total.isnan().all() and (active == 0).all()
-    got = OPS.hinge_sum_backward(
-        *batch, ceiling, threshold, total, saved, d_positive, g, *needs
-    )
+    got = OPS.hinge_sum_backward(*batch, ceiling, threshold, total, saved, d_positive, g, *needs)
     assert all(x.isnan().all() for x in got)
 
 
@@ -389,3 +385,41 @@ def test_direct_calls_check_vectors():
             OPS.hardest_negatives(*batch, wrong)
         with pytest.raises(RuntimeError):
             OPS.hinge_sum(*batch, None, wrong, False)
+
+
+@each_source
+@pytest.mark.parametrize("needs", [(True, True, False), (True, False, False), (False, True, True)])
+def test_opcheck(source, needs):
+    """Schemas and fakes say what the kernels do."""
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    batch = make(source, ANCHORS["own rows, columns of all ranks"], torch.bfloat16, "groups")
+    ceiling, threshold = ceilings(batch), vector(batch, 3)
+    d_positive, g = upstream(batch, 1)
+
+    def check(name, *options):
+        op = getattr(OPS, name).default
+        torch.library.opcheck(op, (*batch, *options), **checks)
+        return op(*batch, *options)
+
+    check("positive_scores")
+    score, index = check("hardest_negatives", ceiling)
+    check("hardest_negatives_backward", score, index, d_positive, g, *needs)
+    for save in (True, False):
+        scaled = ceiling, 0.0, torch.tensor(10.0)
+        saved = check("negative_logsumexp", *scaled, save)
+        check("negative_logsumexp_backward", *scaled, *saved, d_positive, g, *needs)
+        total, _, scores = check("hinge_sum", ceiling, threshold, save)
+        check("hinge_sum_backward", ceiling, threshold, total, scores, d_positive, g, *needs)
+
+
+@pytest.mark.skipif(NAME != "cpu", reason="the cpu backend's saved tensors")
+@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
+def test_opcheck_of_small_losses(kind, need):
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    batch = make("dot", ANCHORS["one process"], torch.bfloat16, "groups")
+    options = 33, kind, 0.0, torch.tensor(10.0), 0.2, 1.0, 0.5, True, True, True
+    torch.library.opcheck(OPS.small_loss.default, (*batch[:4], *options), **checks)
+    _, _, _, index, *saved = OPS.small_loss(*batch[:4], *options)
+    arguments = *batch[:2], index, *saved, torch.tensor(2.0), *need
+    torch.library.opcheck(OPS.small_loss_backward.default, arguments, **checks)

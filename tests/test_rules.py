@@ -351,57 +351,6 @@ def test_compiles_with_inductor_and_a_learnable_temperature():
         assert_close(a, b, 1e-5)
 
 
-@pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")
-def test_opcheck():
-    images, captions = embeddings(EXTRAS, torch.float32)
-    ids = torch.arange(EXTRAS.rows) // 5, torch.arange(EXTRAS.columns) // 5
-    k = EXTRAS.pairs
-    ops = torch.ops.fused_vse_cpu
-    checks = ("test_schema", "test_faketensor")
-    arguments = (images, captions, *ids, k)
-    torch.library.opcheck(ops.hardest_negatives.default, arguments, test_utils=checks)
-    for save in (True, False):
-        torch.library.opcheck(
-            ops.negative_logsumexp.default, (*arguments, 10.0, None, save), test_utils=checks
-        )
-        torch.library.opcheck(ops.hinge_sum.default, (*arguments, 0.2, save), test_utils=checks)
-    positive, _, index = ops.hardest_negatives(*arguments)
-    d_positive, d_score = torch.randn(k), torch.randn(2, k)
-    for need in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            ops.hardest_negatives_backward.default,
-            (d_positive, d_score, positive, index, images, captions, *need),
-            test_utils=checks,
-        )
-    _, lse, scores = ops.negative_logsumexp(*arguments, 10.0, None, True)
-    torch.library.opcheck(
-        ops.negative_logsumexp_backward.default,
-        (d_positive, d_score, lse, scores, images, captions, *ids, 10.0, None, True, True),
-        test_utils=checks,
-    )
-    positive, _, active, scores = ops.hinge_sum(*arguments, 0.2, True)
-    torch.library.opcheck(
-        ops.hinge_sum_backward.default,
-        (d_positive, d_score, positive, active, scores, images, captions, *ids, 0.2, True, True),
-        test_utils=checks,
-    )
-    for kind in range(4):
-        options = (kind, 10.0, torch.tensor(1.5), 0.2, 1.0, 0.5, True)
-        loss = ops.one_tile_loss.default, (*arguments, *options)
-        torch.library.opcheck(*loss, test_utils=checks)
-    for need in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            ops.one_tile_loss_backward.default,
-            (torch.tensor(2.0), torch.randn(len(images), len(captions)), images, captions, *need),
-            test_utils=checks,
-        )
-    normalized, inverse_norm = ops.l2_normalize(images)
-    torch.library.opcheck(ops.l2_normalize.default, (images,), test_utils=checks)
-    torch.library.opcheck(
-        ops.l2_normalize_backward.default, (images, normalized, inverse_norm), test_utils=checks
-    )
-
-
 def test_a_tie_of_a_whole_column_is_one_gradient(backend):
     """The plateau of hardest-negative training: all embeddings equal."""
     rows = torch.ones(300, 8).requires_grad_()

@@ -60,17 +60,42 @@ class Launch(NamedTuple):
 
 class Compiled(NamedTuple):
     registers: int
-    stack: int
-    spills: int
+    stack: int  # bytes a thread, in local memory: what does not fit into its registers
     shared: int  # bytes of shared memory
     threads: int
     ptx: str
+    sass: str  # where there is a stack
 
     def programs_per_multiprocessor(self, registers: int, shared: int) -> int:
         """How many fit, by registers (allocated by the warp, 256 at a time) and shared memory."""
         warps = self.threads // 32
         per_warp = -(-self.registers * 32 // 256) * 256
         return min(registers // (per_warp * warps), shared // (self.shared + 1024))
+
+    def stack_accesses_in_inner_loops(self) -> list[str]:
+        """The instructions, of the innermost loops and of those around tensor-core instructions. A loop is
+        what a jump back spans."""
+        code = re.findall(r"/\*([0-9a-f]+)\*/\s+(.*?)\s*;", self.sass)
+        code = {int(address, 16): instruction for address, instruction in code}
+        loops = []
+        for address, instruction in code.items():
+            jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", instruction)
+            if jump and int(jump[1], 16) < address:
+                loops.append(range(int(jump[1], 16), address))
+        inner = [
+            loop
+            for loop in loops
+            if not any(other != loop and other[0] in loop and other[-1] in loop for other in loops)
+        ]
+        for address, instruction in code.items():
+            around = [loop for loop in loops if address in loop]
+            if around and re.search(r"\b[HDI]G?MMA\b", instruction):
+                inner.append(min(around, key=len))
+        return [
+            instruction
+            for address, instruction in code.items()
+            if re.search(r"\b(LDL|STL)\b", instruction) and any(address in loop for loop in inner)
+        ]
 
 
 def _leaves(path, kind, value, divisible):
@@ -131,11 +156,14 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     kernel = triton.compile(source, target=target, options=launch.options)
+    registers, stack, sass = _inspect(kernel.asm["cubin"])
     return Compiled(
-        **_resources(kernel.asm["cubin"]),
+        registers,
+        stack,
         shared=kernel.metadata.shared,
         threads=32 * kernel.metadata.num_warps,
         ptx=kernel.asm["ptx"],
+        sass=sass,
     )
 
 
@@ -159,12 +187,18 @@ def _compile(key: tuple) -> Compiled:
     return compile_launch(_launches[key], key[0])
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def _inspect(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, stack and, where there is one, the instructions."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", report).groups()
-    return {"registers": int(registers), "stack": int(stack), "spills": int(local)}
+
+        def dump(what: str) -> str:
+            command = [tool, what, file.name]
+            return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+        # Not LOCAL, which is 0 even where ptxas reports spills: they are on the stack.
+        found = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
+        registers, stack = map(int, found.groups())
+        return registers, stack, dump("--dump-sass") if stack else ""

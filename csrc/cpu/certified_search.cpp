@@ -72,7 +72,13 @@ class Candidates {
         entries_(new Entry[anchors * CAPACITY]) {}
 
   int64_t anchors() const { return static_cast<int64_t>(count_.size()); }
-  bool overflowed(int64_t a) const { return overflowed_[a]; }
+
+  std::vector<int64_t> overflowed() const {
+    std::vector<int64_t> list;
+    for (int64_t a = 0; a < anchors(); ++a)
+      if (overflowed_[a]) list.push_back(a);
+    return list;
+  }
 
   void raise(int64_t a, Key key) {
     if (key <= max_key[a]) return;
@@ -129,31 +135,31 @@ struct ColumnHit {
 };
 
 template <typename Precision>
-void list_candidates(const Problem<float>& problem, const SearchOperand& images,
-                     const SearchOperand& captions, Candidates<Precision>* of_rows,
-                     Candidates<Precision>* of_cols) {
+void list_candidates(const Batch& batch, const SearchOperand& images, const SearchOperand& captions,
+                     Candidates<Precision>* of_rows, Candidates<Precision>* of_cols) {
   using Key = typename Precision::Key;
-  const int64_t width = std::min(TILE_COLS, problem.m), height = std::min(TILE_ROWS, problem.n);
+  const ExcludedPairs excluded(batch);
+  const int64_t width = std::min(TILE_COLS, batch.m()), height = std::min(TILE_ROWS, batch.n());
   const Tensor buffer = empty({height * width}, Precision::TYPE);
   std::vector<Key> row_max(height), row_threshold(height), col_threshold(width);
   std::vector<Key> strip_cols(TILE_ROWS / STRIP_ROWS * width);
   std::vector<std::vector<ColumnHit<Key>>> strip_hits(TILE_ROWS / STRIP_ROWS);
 
-  for (const Tile& tile : tiles_of(problem.n, problem.m, problem.k)) {
-    Tensor z = torch::stable::view(rows_of(buffer, 0, tile.rows * tile.cols), {tile.rows, tile.cols});
+  for (const Tile& tile : tiles_of(batch)) {
+    Tensor z = tile.view(buffer);
     matmul_into(z, rows_of(images.rows, tile.row, tile.rows),
                 transposed(rows_of(captions.rows, tile.col, tile.cols)));
     Key* const keys = data<Key>(z);
     const auto row_of = [&](int64_t r) { return keys + r * tile.cols; };
-    const int64_t anchor_rows = std::max(int64_t{0}, std::min(tile.rows, problem.k - tile.row));
-    const int64_t anchor_cols = std::max(int64_t{0}, std::min(tile.cols, problem.k - tile.col));
+    const int64_t anchor_rows = std::clamp(of_rows->anchors() - tile.row, int64_t{0}, tile.rows);
+    const int64_t anchor_cols = std::clamp(of_cols->anchors() - tile.col, int64_t{0}, tile.cols);
 
     std::fill_n(strip_cols.begin(), tile.strips() * tile.cols, Precision::EXCLUDED_KEY);
     parallel_each(tile.strips(), [&](int64_t strip) {
       const int64_t begin = tile.strip_begin(strip), count = tile.strip_rows(strip);
       for (int64_t r = begin; r < begin + count; ++r)
-        problem.excluded.for_each(tile.row + r, tile.col, tile.col + tile.cols,
-                                  [&](int64_t c) { row_of(r)[c - tile.col] = Precision::EXCLUDED_SCORE; });
+        excluded.for_each(tile.row + r, tile.col, tile.col + tile.cols,
+                          [&](int64_t c) { row_of(r)[c - tile.col] = Precision::EXCLUDED_SCORE; });
       Precision::maxima(row_of(begin), count, tile.cols, tile.cols, &row_max[begin],
                         &strip_cols[strip * tile.cols]);
       for (int64_t r = begin; r < begin + count; ++r) {
@@ -217,43 +223,63 @@ bool decide(const Candidates<Precision>& candidates, const Tensor& anchors, cons
           best->offer(a, score[e], other[e]);
         }
       },
-      Problem<float>::GRAIN);
+      GRAIN);
   return proven;
 }
 
+// Scores the anchors with too many candidates completely.
 template <typename Precision>
-std::vector<int64_t> overflowed(const Candidates<Precision>& candidates) {
-  std::vector<int64_t> list;
-  for (int64_t a = 0; a < candidates.anchors(); ++a)
-    if (candidates.overflowed(a)) list.push_back(a);
-  return list;
+void score_overflowed(const Candidates<Precision>& candidates, const Tensor& anchors, const Tensor& others,
+                      const ExcludedPairs& excluded, Best<float>* best) {
+  const int64_t d = anchors.size(1), n = others.size(0);
+  const auto rows_at = [d](const Tensor& x, const std::vector<int64_t>& rows) {
+    std::vector<const float*> pointers;
+    for (int64_t row : rows) pointers.push_back(data<float>(x) + row * d);
+    return pointers;
+  };
+  const std::vector<int64_t> list = candidates.overflowed();
+  std::vector<int64_t> all(n);
+  std::iota(all.begin(), all.end(), int64_t{0});
+  const std::vector<const float*> self = rows_at(anchors, list), other = rows_at(others, all);
+  const int64_t size = list.size();
+  parallel_each(divided_up(size, STRIP_ROWS), [&](int64_t strip) {
+    const int64_t begin = strip * STRIP_ROWS, count = std::min(STRIP_ROWS, size - begin);
+    std::vector<float> s(STRIP_ROWS * PANEL);
+    for (int64_t c = 0; c < n; c += PANEL) {
+      const int64_t cols = std::min(PANEL, n - c);
+      kernels<float>().dots(&self[begin], count, &other[c], cols, d, s.data(), cols);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t a = list[begin + r];
+        float* const row = &s[r * cols];
+        excluded.for_each(a, c, c + cols, [&](int64_t j) { row[j - c] = EXCLUDED<float>; });
+        const float* const top = std::max_element(row, row + cols);  // the first
+        if (*top != EXCLUDED<float>) best->offer(a, *top, c + (top - row));
+      }
+    }
+  });
 }
 
 template <typename Precision>
-bool search(const Problem<float>& problem, Best<float>* best_of_rows, Best<float>* best_of_cols) {
+bool search(const Batch& batch, const Embeddings<float>& e, BestOfSides<float>* best) {
   constexpr int64_t INT32_LIMIT = int64_t{1} << 31;
-  if (problem.d >= MAX_SEARCHED_D || std::max(problem.n, problem.m) >= INT32_LIMIT) return false;
+  if (e.d >= MAX_SEARCHED_D || std::max(e.n, e.m) >= INT32_LIMIT) return false;
 
-  const SearchOperand images = Precision::operand(problem.images);
-  const SearchOperand captions = Precision::operand(problem.captions);
-  Candidates<Precision> of_rows(problem.k, error_bounds(images, captions, problem.d));
-  Candidates<Precision> of_cols(problem.k, error_bounds(captions, images, problem.d));
-  list_candidates(problem, images, captions, &of_rows, &of_cols);
+  const SearchOperand images = Precision::operand(e.images), captions = Precision::operand(e.captions);
+  Candidates<Precision> of_rows(batch.row_anchors, error_bounds(images, captions, e.d));
+  Candidates<Precision> of_cols(batch.column_anchors, error_bounds(captions, images, e.d));
+  list_candidates(batch, images, captions, &of_rows, &of_cols);
 
   // Scoring listed rows and columns separately costs more than everything in one pass from here on.
-  const auto rows = overflowed(of_rows), cols = overflowed(of_cols);
-  if (static_cast<int64_t>(rows.size() + cols.size()) > problem.k) return false;
+  const int64_t overflowed = of_rows.overflowed().size() + of_cols.overflowed().size();
+  if (2 * overflowed > batch.anchors()) return false;
 
-  const bool proven = decide(of_rows, problem.images, problem.captions, best_of_rows) &&
-                      decide(of_cols, problem.captions, problem.images, best_of_cols);
-  if (!proven) return false;
-
-  std::vector<int64_t> all(std::max(problem.n, problem.m));
-  std::iota(all.begin(), all.end(), int64_t{0});
-  const std::vector<int64_t> all_rows(all.begin(), all.begin() + problem.n);
-  const std::vector<int64_t> all_cols(all.begin(), all.begin() + problem.m);
-  search_exactly<float>(problem, rows, all_cols, best_of_rows, nullptr);
-  search_exactly<float>(problem, all_rows, cols, nullptr, best_of_cols);
+  BestOfSides<float> found(batch);
+  if (!decide(of_rows, e.images, e.captions, &found.rows) ||
+      !decide(of_cols, e.captions, e.images, &found.cols))
+    return false;
+  score_overflowed(of_rows, e.images, e.captions, ExcludedPairs(batch), &found.rows);
+  score_overflowed(of_cols, e.captions, e.images, ExcludedPairs(batch, true), &found.cols);
+  *best = found;
   return true;
 }
 
@@ -281,13 +307,13 @@ bool bfloat16_is_faster() {
 
 }  // namespace
 
-bool search_certified(const Problem<float>& problem, std::optional<ScalarType> precision,
-                      Best<float>* best_of_rows, Best<float>* best_of_cols) {
+bool search_certified(const Batch& batch, const Embeddings<float>& e, std::optional<ScalarType> precision,
+                      BestOfSides<float>* best) {
   const ScalarType type = precision              ? *precision
                           : bfloat16_is_faster() ? ScalarType::BFloat16
                                                  : ScalarType::Float;
-  if (type == ScalarType::Float) return search<InFloat32>(problem, best_of_rows, best_of_cols);
-  return search_kernels() && search<InBfloat16>(problem, best_of_rows, best_of_cols);
+  if (type == ScalarType::Float) return search<InFloat32>(batch, e, best);
+  return search_kernels() && search<InBfloat16>(batch, e, best);
 }
 
 }  // namespace fused_vse

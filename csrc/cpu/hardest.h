@@ -1,8 +1,8 @@
-// The two ways of finding the hardest negatives. Both decide by the same scores, those of
+// The two ways of finding the hardest negatives. Both decide by the same scores of embeddings, those of
 // Kernels::dots, and so return the same values and the same indices.
 #pragma once
 
-#include "tiles.h"
+#include "embeddings.h"
 
 namespace fused_vse {
 
@@ -17,27 +17,54 @@ struct Best {
       index[i] = where;
     }
   }
+  void offer(int64_t i, const Best& other, int64_t at) {
+    if (other.index[at] >= 0) offer(i, other.score[at], other.index[at]);
+  }
 
   std::vector<T> score;
   std::vector<int64_t> index;
 };
 
-// Scores every pair of the listed rows and columns (ascending); a null Best is not asked for.
+// The hardest negatives of the anchors of both sides.
 template <typename T>
-void search_exactly(const Problem<T>& problem, const std::vector<int64_t>& rows,
-                    const std::vector<int64_t>& cols, Best<T>* best_of_rows, Best<T>* best_of_cols);
+struct BestOfSides {
+  explicit BestOfSides(const Batch& batch) : rows(batch.row_anchors), cols(batch.column_anchors) {}
+
+  void report(T* score, int64_t* index) const {
+    for (const Best<T>* side : {&rows, &cols})
+      for (size_t a = 0; a < side->index.size(); ++a) {
+        *score++ = side->index[a] < 0 ? -INFINITE<T> : side->score[a];
+        *index++ = side->index[a];
+      }
+  }
+
+  Best<T> rows, cols;
+};
+
+// One side's part in the gradient of the hardest negatives.
+template <typename T>
+struct Choice {
+  int64_t size, anchors, pair;  // rows of this side; the first `anchors` of them; where the pairs begin
+  const T* d_score;             // [anchors]
+  const int64_t* index;         // [anchors], rows of the other side
+
+  void check(int64_t other_size) const {
+    for (int64_t a = 0; a < anchors; ++a)
+      STD_TORCH_CHECK(index[a] < other_size, "index is out of range at ", a, ": ", index[a]);
+  }
+};
 
 // For every row of this side: which anchors of the other side have it as their hardest negative.
 class Choosers {
  public:
-  Choosers(const int64_t* chosen, int64_t num_anchors, int64_t size)
-      : begin_(size + 1), anchor_(num_anchors) {
-    for (int64_t a = 0; a < num_anchors; ++a)
-      if (chosen[a] >= 0) ++begin_[chosen[a] + 1];
+  template <typename T>
+  Choosers(const Choice<T>& theirs, int64_t size) : begin_(size + 1), anchor_(theirs.anchors) {
+    for (int64_t a = 0; a < theirs.anchors; ++a)
+      if (theirs.index[a] >= 0) ++begin_[theirs.index[a] + 1];
     std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
     std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
-    for (int64_t a = 0; a < num_anchors; ++a)
-      if (chosen[a] >= 0) anchor_[next[chosen[a]]++] = a;
+    for (int64_t a = 0; a < theirs.anchors; ++a)
+      if (theirs.index[a] >= 0) anchor_[next[theirs.index[a]]++] = a;
   }
   const int64_t* begin(int64_t row) const { return anchor_.data() + begin_[row]; }
   const int64_t* end(int64_t row) const { return anchor_.data() + begin_[row + 1]; }
@@ -50,10 +77,10 @@ class Choosers {
 // hardest negatives adds up for it. `others` are rows of the other side: i's own positive and hardest
 // negative, and every anchor there whose hardest negative i is. Weights of 0 are left out.
 template <typename T, typename Sum>
-void gather(int64_t size, int64_t k, const T* d_positive, const T* d_own, const int64_t* own,
-            const T* d_theirs, const int64_t* theirs, const Sum& sum) {
-  const Choosers choosers(theirs, k, size);
-  torch::stable::parallel_for(0, size, Problem<T>::GRAIN, [&](int64_t begin, int64_t end) {
+void gather(const Choice<T>& own, const Choice<T>& theirs, const T* d_positive, int64_t pair_count,
+            const Sum& sum) {
+  const Choosers choosers(theirs, own.size);
+  torch::stable::parallel_for(0, own.size, GRAIN, [&](int64_t begin, int64_t end) {
     std::vector<T> weights;
     std::vector<int64_t> others;
     for (int64_t i = begin; i < end; ++i) {
@@ -64,28 +91,27 @@ void gather(int64_t size, int64_t k, const T* d_positive, const T* d_own, const 
         weights.push_back(weight);
         others.push_back(row);
       };
-      if (i < k) {
-        add(d_positive[i], i);
-        if (own[i] >= 0) add(d_own[i], own[i]);
-      }
-      for (const int64_t* a = choosers.begin(i); a != choosers.end(i); ++a) add(d_theirs[*a], *a);
+      const int64_t k = i - own.pair;
+      if (0 <= k && k < pair_count) add(d_positive[k], theirs.pair + k);
+      if (i < own.anchors && own.index[i] >= 0) add(own.d_score[i], own.index[i]);
+      for (const int64_t* a = choosers.begin(i); a != choosers.end(i); ++a) add(theirs.d_score[*a], *a);
       sum(i, weights, others);
     }
   });
 }
 
-// The same where what is added up are the rows of `others` themselves: out[i] is their weighted sum.
+// The same for the dot product: out[i] is the weighted sum of the rows of `others`.
 template <typename T>
-void gather_rows(int64_t size, int64_t k, const T* d_positive, const T* d_own, const int64_t* own,
-                 const T* d_theirs, const int64_t* theirs, const Tensor& others, T* out) {
+void gather_rows(const Choice<T>& own, const Choice<T>& theirs, const T* d_positive, int64_t pair_count,
+                 const Tensor& others, T* out) {
   const int64_t d = others.size(1);
   const T* const rows = data<T>(others);
-  gather<T>(size, k, d_positive, d_own, own, d_theirs, theirs,
-            [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& chosen) {
-              std::vector<const T*> sources;
-              for (int64_t j : chosen) sources.push_back(rows + j * d);
-              kernels<T>().weighted_sum(weights.data(), sources.data(), sources.size(), d, out + i * d);
-            });
+  gather(own, theirs, d_positive, pair_count,
+         [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& chosen) {
+           std::vector<const T*> sources;
+           for (int64_t j : chosen) sources.push_back(rows + j * d);
+           kernels<T>().weighted_sum(weights.data(), sources.data(), sources.size(), d, out + i * d);
+         });
 }
 
 // Below this size the search costs more than it saves.
@@ -93,7 +119,7 @@ constexpr int64_t MIN_SEARCHED_SCORES = 256 * 256;
 
 // Scores only what a library GEMM in `precision` (BFloat16 or Float; none: the faster one here) cannot
 // rule out. False, with nothing decided, where the CPU lacks it or almost nothing can be ruled out.
-bool search_certified(const Problem<float>& problem, std::optional<ScalarType> precision,
-                      Best<float>* best_of_rows, Best<float>* best_of_cols);
+bool search_certified(const Batch& batch, const Embeddings<float>& e, std::optional<ScalarType> precision,
+                      BestOfSides<float>* best);
 
 }  // namespace fused_vse

@@ -1,178 +1,191 @@
-// hardest_negatives on the CPU (ops.h): the certified search, or every score where it does not apply.
+// hardest_negatives on the CPU (ops.py): the certified search, or every score where it does not apply.
 //
 // Backward: a gather and a scatter, written as one sum per output row, so that no two threads write one
 // row: image i receives its own positive and hardest caption, and every caption whose hardest image it is.
 #include "hardest.h"
 
-#include <cmath>
-#include <tuple>
-
-#include "../ops.h"
+#include "sources.h"
 
 namespace fused_vse {
-
-template <typename T>
-void search_exactly(const Problem<T>& problem, const std::vector<int64_t>& rows,
-                    const std::vector<int64_t>& cols, Best<T>* best_of_rows, Best<T>* best_of_cols) {
-  if (rows.empty() || cols.empty()) return;
-  const Kernels<T>& k = kernels<T>();
-  const int64_t num_rows = rows.size(), num_cols = cols.size();
-  const int64_t width = std::min(TILE_COLS, num_cols);
-  std::vector<T> strip_cols(TILE_ROWS / STRIP_ROWS * width);
-  std::vector<const T*> a(num_rows), b(num_cols);
-  for (int64_t r = 0; r < num_rows; ++r) a[r] = problem.image(rows[r]);
-  for (int64_t c = 0; c < num_cols; ++c) b[c] = problem.caption(cols[c]);
-  const Tensor buffer = empty({std::min(TILE_ROWS, num_rows) * width}, SCALAR_TYPE<T>);
-  T* const s = data<T>(buffer);
-
-  for (const Tile& tile : tiles_of(num_rows, num_cols, num_rows)) {
-    const int64_t* const tile_cols = &cols[tile.col];
-    std::fill_n(strip_cols.begin(), tile.strips() * tile.cols, EXCLUDED<T>);
-    parallel_each(tile.strips(), [&](int64_t strip) {
-      const int64_t begin = tile.strip_begin(strip), count = tile.strip_rows(strip);
-      T* const strip_s = s + begin * tile.cols;
-      k.dots(&a[tile.row + begin], count, &b[tile.col], tile.cols, problem.d, strip_s, tile.cols);
-      for (int64_t r = 0; r < count; ++r)
-        problem.excluded.for_each(rows[tile.row + begin + r], tile_cols[0], tile_cols[tile.cols - 1] + 1,
-                                  [&](int64_t c) {
-                                    const int64_t* at = std::lower_bound(tile_cols, tile_cols + tile.cols, c);
-                                    if (*at == c) strip_s[r * tile.cols + (at - tile_cols)] = EXCLUDED<T>;
-                                  });
-      T row_max[STRIP_ROWS];
-      k.maxima(strip_s, count, tile.cols, tile.cols, row_max, &strip_cols[strip * tile.cols]);
-      if (!best_of_rows) return;
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t i = rows[tile.row + begin + r];
-        if (row_max[r] <= best_of_rows->score[i]) continue;
-        const T* const row = strip_s + r * tile.cols;
-        best_of_rows->offer(i, row_max[r], tile_cols[std::find(row, row + tile.cols, row_max[r]) - row]);
-      }
-    });
-    if (!best_of_cols) continue;
-    for (int64_t strip = 0; strip < tile.strips(); ++strip)
-      for (int64_t c = 0; c < tile.cols; ++c) {
-        const T top = strip_cols[strip * tile.cols + c];
-        if (top <= best_of_cols->score[tile_cols[c]]) continue;
-        int64_t r = tile.strip_begin(strip);
-        while (s[r * tile.cols + c] != top) ++r;
-        best_of_cols->offer(tile_cols[c], top, rows[tile.row + r]);
-      }
-  }
-}
-
-template void search_exactly(const Problem<float>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
-                             Best<float>*, Best<float>*);
-
 namespace {
 
-std::vector<int64_t> range(int64_t begin, int64_t end) {
-  std::vector<int64_t> values(end - begin);
-  std::iota(values.begin(), values.end(), begin);
-  return values;
-}
+template <typename T, typename Source>
+bool search_everything(const Pass<T>& pass, Source& source, BestOfSides<T>* best) {
+  std::vector<Best<T>> group_cols(GROUPS, Best<T>(pass.batch.m()));
+  std::vector<Best<T>> panel_rows(TILE_PANELS, Best<T>(TILE_ROWS));
+  const int64_t num_rows = pass.batch.row_anchors;
 
-template <typename T>
-void search_everything(const Problem<T>& problem, Best<T>* rows, Best<T>* cols) {
-  const int64_t k = problem.k;
-  search_exactly(problem, range(0, k), range(0, problem.m), rows, cols);
-  search_exactly(problem, range(k, problem.n), range(0, k), static_cast<Best<T>*>(nullptr), cols);
+  const auto task = [&](const Strip<T>& strip) {
+    const StripScores<T>& s = strip.scores;
+    T row_max[STRIP_ROWS], col_max[PANEL];
+    T* const score = &group_cols[strip.group].score[strip.col()];
+    int64_t* const index = &group_cols[strip.group].index[strip.col()];
+    std::copy_n(score, s.cols, col_max);
+    kernels<T>().maxima(s, row_max, col_max);
+    for (int64_t c = 0; c < s.cols; ++c) {
+      if (col_max[c] == score[c]) continue;
+      int64_t r = 0;
+      while (s.row(r)[c] != col_max[c]) ++r;
+      score[c] = col_max[c];
+      index[c] = strip.row() + r;
+    }
+    for (int64_t r = 0; r < s.rows && strip.row() + r < num_rows; ++r)
+      if (row_max[r] > best->rows.score[strip.row() + r])
+        panel_rows[strip.panel].offer(
+            strip.row_in_tile + r, row_max[r],
+            strip.col() + (std::find(s.row(r), s.row(r) + s.cols, row_max[r]) - s.row(r)));
+  };
+  const auto finish = [&](const Tile& tile) {
+    for (int64_t panel = 0; panel < tile.panels(); ++panel) {
+      for (int64_t r = 0; r < std::min(tile.rows, num_rows - tile.row); ++r)
+        best->rows.offer(tile.row + r, panel_rows[panel], r);
+      panel_rows[panel] = Best<T>(TILE_ROWS);
+    }
+  };
+  if (!pass.run(source, task, finish)) return false;
+  for (const Best<T>& group : group_cols)
+    for (int64_t c = 0; c < pass.batch.column_anchors; ++c) best->cols.offer(c, group, c);
+  return true;
 }
 
 enum class Search { AUTO, EXACT, IN_FLOAT32, IN_BFLOAT16 };
 
 template <Search search>
-std::tuple<Tensor, Tensor, Tensor> hardest_negatives(const Tensor& images, const Tensor& captions,
-                                                     const OptionalTensor& image_ids,
-                                                     const OptionalTensor& caption_ids, int64_t num_pairs) {
-  return dispatch(images, [&](auto zero) {
+bool certified(const Batch& batch, const Embeddings<float>& embeddings, BestOfSides<float>* best) {
+  if (search == Search::EXACT) return false;
+  if (search == Search::AUTO)
+    return batch.n() * batch.m() >= MIN_SEARCHED_SCORES &&
+           search_certified(batch, embeddings, std::nullopt, best);
+  const auto precision = search == Search::IN_FLOAT32 ? ScalarType::Float : ScalarType::BFloat16;
+  STD_TORCH_CHECK(search_certified(batch, embeddings, precision, best),
+                  "the certified search is not available");
+  return true;
+}
+
+template <Search search, typename T>
+bool find(const Batch& batch, const OptionalTensor& ceiling, BestOfSides<T>* best) {
+  const auto among_all = [&](auto& source) {
+    return source.is_bounded() && search_everything(Pass<T>(batch, ceiling), source, best);
+  };
+  if (!batch.captions || batch.similarity != DOT) return with_source<T>(batch, {}, among_all);
+  Dots<T> source(batch);
+  if constexpr (std::is_same_v<T, float>)
+    if (!ceiling && source.is_bounded() && certified<search>(batch, source.e, best)) return true;
+  return among_all(source);
+}
+
+template <Search search>
+std::tuple<Tensor, Tensor> hardest_negatives(const Batch& batch, const OptionalTensor& ceiling) {
+  return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> problem(images, captions, image_ids, caption_ids, num_pairs);
-    Tensor positive = empty({num_pairs}, SCALAR_TYPE<T>);
-    Tensor score = empty({2, num_pairs}, SCALAR_TYPE<T>);
-    Tensor index = empty({2, num_pairs}, ScalarType::Long);
-    if (!problem.is_bounded()) {
-      fill(positive, NOT_A_NUMBER<T>);
+    const Tensor score = empty({batch.anchors()}, SCALAR_TYPE<T>);
+    const Tensor index = empty({batch.anchors()}, ScalarType::Long);
+    BestOfSides<T> best(batch);
+    if (find<search>(batch, ceiling, &best)) {
+      best.report(data<T>(score), data<int64_t>(index));
+    } else {
       fill(score, NOT_A_NUMBER<T>);
       fill(index, int64_t{-1});
-      return std::make_tuple(positive, score, index);
     }
-    problem.positive_scores(data<T>(positive));
-    Best<T> rows(problem.n), cols(problem.m);
-    bool done = false;
-    if constexpr (std::is_same_v<T, float>) {
-      if constexpr (search == Search::AUTO) {
-        if (problem.n * problem.m >= MIN_SEARCHED_SCORES)
-          done = search_certified(problem, std::nullopt, &rows, &cols);
-      } else if constexpr (search != Search::EXACT) {
-        const auto precision = search == Search::IN_FLOAT32 ? ScalarType::Float : ScalarType::BFloat16;
-        done = search_certified(problem, precision, &rows, &cols);
-        STD_TORCH_CHECK(done, "the certified search is not available");
-      }
-    }
-    if (!done) {
-      rows = Best<T>(problem.n);
-      cols = Best<T>(problem.m);
-      search_everything(problem, &rows, &cols);
-    }
-    for (int64_t i = 0; i < num_pairs; ++i) {
-      const auto put = [&](const Best<T>& best, int64_t at) {
-        data<T>(score)[at] = best.index[i] < 0 ? -std::numeric_limits<T>::infinity() : best.score[i];
-        data<int64_t>(index)[at] = best.index[i];
-      };
-      put(rows, i);
-      put(cols, num_pairs + i);
-    }
-    return std::make_tuple(positive, score, index);
+    return std::make_tuple(score, index);
   });
 }
 
-std::tuple<Tensor, Tensor> hardest_negatives_backward(const Tensor& d_positive, const Tensor& d_score,
-                                                      const Tensor& positive, const Tensor& index,
-                                                      const Tensor& images, const Tensor& captions,
-                                                      bool need_images, bool need_captions) {
-  return dispatch(images, [&](auto zero) {
+// d_scores: an entry's summands are added up in the accumulation type, and rounded once.
+template <typename T>
+void scatter(const Choice<T>& rows, const Choice<T>& cols, const T* d_positive, int64_t pair_count,
+             Tensor& d_scores) {
+  torch::stable::zero_(d_scores);
+  with_elements(d_scores, [&](auto* g) {
+    using Element = std::remove_pointer_t<decltype(g)>;
+    gather(rows, cols, d_positive, pair_count,
+           [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& columns) {
+             std::vector<std::pair<int64_t, T>> entries;
+             for (size_t a = 0; a < columns.size(); ++a) entries.emplace_back(columns[a], weights[a]);
+             std::sort(entries.begin(), entries.end());
+             T sum = 0;
+             for (size_t a = 0; a < entries.size(); ++a) {
+               const int64_t column = entries[a].first;
+               sum += entries[a].second;
+               if (a + 1 < entries.size() && entries[a + 1].first == column) continue;
+               g[i * cols.size + column] = static_cast<Element>(sum);
+               sum = 0;
+             }
+           });
+  });
+}
+
+// The gradient of one side's embeddings.
+template <typename T>
+Tensor gather_embeddings(const Batch& batch, bool of_images, const Choice<T>& own, const Choice<T>& theirs,
+                         const T* d_positive) {
+  const Tensor others = contiguous_as(of_images ? *batch.captions : batch.images, SCALAR_TYPE<T>);
+  const Tensor result = empty({own.size, others.size(1)}, SCALAR_TYPE<T>);
+  if (batch.similarity == DOT) {
+    gather_rows(own, theirs, d_positive, batch.pair_count, others, data<T>(result));
+    return result;
+  }
+  const Tensor self = contiguous_as(of_images ? batch.images : *batch.captions, SCALAR_TYPE<T>);
+  const int64_t d = others.size(1);
+  fill(result, T(0));
+  const auto add = of_images ? kernels<T>().order_sums_of_images : kernels<T>().order_sums_of_captions;
+  gather(own, theirs, d_positive, batch.pair_count,
+         [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& chosen) {
+           std::vector<T> w(weights.size());
+           std::vector<const T*> sources(weights.size());
+           const T* const row = data<T>(self) + i * d;
+           for (size_t a = 0; a < w.size(); ++a) {
+             sources[a] = data<T>(others) + chosen[a] * d;
+             const T s =
+                 of_images ? Order<T>::score(row, sources[a], d) : Order<T>::score(sources[a], row, d);
+             w[a] = Order<T>::over_distance(weights[a], s);
+           }
+           add(row, 1, sources.data(), w.size(), d, w.data(), 0, 1, data<T>(result) + i * d);
+         });
+  return result;
+}
+
+Gradients hardest_negatives_backward(const Batch& batch, const Tensor& score, const Tensor& index,
+                                     const Tensor& d_positive, const Tensor& d_score, bool need_images,
+                                     bool need_captions, bool accumulate_captions) {
+  return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t k = positive.numel(), d = images.size(1);
-    const Tensor direct = contiguous_as(d_positive, SCALAR_TYPE<T>);
-    const Tensor upstream = contiguous_as(d_score, SCALAR_TYPE<T>);
-    const bool poisoned = std::isnan(data<T>(positive)[0]);
-    const auto gradient = [&](bool needed, const Tensor& self, const Tensor& other, int64_t own_row) {
-      if (!needed) return empty({0}, self.scalar_type());
-      Tensor result;
-      if (poisoned) {
-        result = empty({self.size(0), d}, SCALAR_TYPE<T>);
-        fill(result, NOT_A_NUMBER<T>);
-      } else {
-        const int64_t own = own_row * k, theirs = (1 - own_row) * k;
-        const Tensor rows = contiguous_as(other, SCALAR_TYPE<T>);
-        result = empty({self.size(0), d}, SCALAR_TYPE<T>);
-        gather_rows<T>(self.size(0), k, data<T>(direct), data<T>(upstream) + own, data<int64_t>(index) + own,
-                       data<T>(upstream) + theirs, data<int64_t>(index) + theirs, rows, data<T>(result));
-      }
-      return converted(result, self.scalar_type());
-    };
-    return std::make_tuple(gradient(need_images, images, captions, 0),
-                           gradient(need_captions, captions, images, 1));
+    const Needs needs{need_images, need_captions, accumulate_captions};
+    if (is_poisoned<T>(batch, vector(score, "score", batch.anchors(), SCALAR_TYPE<T>)))
+      return nan_gradients(batch, needs);
+    const Tensor chosen = vector(index, "index", batch.anchors(), ScalarType::Long);
+    const Tensor direct = upstream(d_positive, "d_positive", batch.pair_count, SCALAR_TYPE<T>);
+    const Tensor g = upstream(d_score, "d_score", batch.anchors(), SCALAR_TYPE<T>);
+    const int64_t num_rows = batch.row_anchors, n = batch.n(), m = batch.m();
+    const Choice<T> rows{n, num_rows, batch.pair_row, data<T>(g), data<int64_t>(chosen)};
+    const Choice<T> cols{m, batch.column_anchors, batch.pair_column, data<T>(g) + num_rows,
+                         data<int64_t>(chosen) + num_rows};
+    rows.check(m);
+    cols.check(n);
+    auto [d_images, d_captions] = empty_gradients(batch, needs);
+    if (!batch.captions) {
+      if (need_images) scatter(rows, cols, data<T>(direct), batch.pair_count, d_images);
+      return Gradients(d_images, d_captions);
+    }
+    if (need_images)
+      d_images =
+          converted(gather_embeddings(batch, true, rows, cols, data<T>(direct)), d_images.scalar_type());
+    if (need_captions)
+      d_captions =
+          converted(gather_embeddings(batch, false, cols, rows, data<T>(direct)), d_captions.scalar_type());
+    return Gradients(d_images, d_captions);
   });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fused_vse_cpu, m) {
-  m.def(HARDEST_NEGATIVES_SCHEMA);
-  m.def(HARDEST_NEGATIVES_BACKWARD_SCHEMA);
-  // For tests and benchmarks: the searches by themselves.
-  m.def("hardest_negatives_exact" HARDEST_NEGATIVES_ARGUMENTS);
-  m.def("hardest_negatives_in_float32" HARDEST_NEGATIVES_ARGUMENTS);
-  m.def("hardest_negatives_in_bfloat16" HARDEST_NEGATIVES_ARGUMENTS);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cpu, CPU, m) {
-  m.impl("hardest_negatives", TORCH_BOX(&hardest_negatives<Search::AUTO>));
-  m.impl("hardest_negatives_exact", TORCH_BOX(&hardest_negatives<Search::EXACT>));
-  m.impl("hardest_negatives_in_float32", TORCH_BOX(&hardest_negatives<Search::IN_FLOAT32>));
-  m.impl("hardest_negatives_in_bfloat16", TORCH_BOX(&hardest_negatives<Search::IN_BFLOAT16>));
-  m.impl("hardest_negatives_backward", TORCH_BOX(&hardest_negatives_backward));
+  m.impl("hardest_negatives", TORCH_BOX(&WithBatch<&hardest_negatives<Search::AUTO>>::call));
+  m.impl("hardest_negatives_backward", TORCH_BOX(&WithBatch<&hardest_negatives_backward>::call));
+  // For tests and benchmarks: the searches by themselves.
+  m.impl("exact_hardest_negatives", TORCH_BOX(&WithBatch<&hardest_negatives<Search::EXACT>>::call));
+  m.impl("float32_hardest_negatives", TORCH_BOX(&WithBatch<&hardest_negatives<Search::IN_FLOAT32>>::call));
+  m.impl("bfloat16_hardest_negatives", TORCH_BOX(&WithBatch<&hardest_negatives<Search::IN_BFLOAT16>>::call));
 }
 
 }  // namespace fused_vse

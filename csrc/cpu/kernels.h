@@ -1,9 +1,7 @@
-// The inner loops of the CPU backend: reductions over one strip of a tile of S, and operations on rows.
+// The inner loops of the CPU backend: reductions over one strip of S, and operations on rows.
 //
 // kernels.inl implements them once; kernels_avx512.cpp, kernels_avx2.cpp and kernels_baseline.cpp compile
-// it for one instruction set each, and kernels() picks at run time. A tile is `rows` x `cols`, row-major
-// with leading dimension `ld`; excluded entries hold lowest(), so that they lose every maximum, and
-// vanish in every exponential and hinge. T is float or double.
+// it for one instruction set each, and kernels() picks at run time. T is float or double.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +11,17 @@ namespace fused_vse {
 
 template <typename T>
 constexpr T EXCLUDED = std::numeric_limits<T>::lowest();
+
+// A few rows of S for the anchors of these rows, and of some columns.
+template <typename T>
+struct StripScores {
+  const T* s;              // [rows, cols]; excluded entries hold EXCLUDED: they lose every maximum, and
+  int64_t rows, cols, ld;  // vanish in every exponential and hinge
+  // Only s <= ceiling counts for an anchor: [rows], [cols], or both null.
+  const T *row_ceiling = nullptr, *col_ceiling = nullptr;
+
+  const T* row(int64_t r) const { return s + r * ld; }
+};
 
 template <typename T>
 struct Kernels {
@@ -33,29 +42,25 @@ struct Kernels {
   void (*weighted_sum)(const T* weights, const T* const* sources, int64_t n, int64_t d, T* out);
   // max |x|; NaN if x holds a NaN.
   T (*max_abs)(const T* x, int64_t n);
-  // y = x / max(|x|, eps); returns 1 / max(|x|, eps).
-  T (*normalize)(const T* x, int64_t d, T* y);
-  // dx = inverse_norm * (dy - y <dy, y>), or inverse_norm * dy for a row shorter than eps.
-  void (*normalize_backward)(const T* dy, const T* y, T inverse_norm, int64_t d, T* dx);
 
   // row_max[r] = max_c s; col_max[c] = max(col_max[c], max_r s).
-  void (*maxima)(const T* tile, int64_t rows, int64_t cols, int64_t ld, T* row_max, T* col_max);
+  void (*maxima)(const StripScores<T>&, T* row_max, T* col_max);
   // Lists the columns of one row with s >= row_threshold, and those with s >= col_threshold[c].
   void (*scan)(const T* row, int64_t cols, T row_threshold, const T* col_threshold, int32_t* row_hits,
                int64_t* num_row_hits, int32_t* col_hits, int64_t* num_col_hits);
   // row_sum[r] = sum_c exp(scale * (s - row_max[r])); col_sum[c] += sum_r exp(scale * (s - col_max[c])).
-  void (*exp_sums)(const T* tile, int64_t rows, int64_t cols, int64_t ld, T scale, const T* row_max,
-                   const T* col_max, T* row_sum, T* col_sum);
-  // g = exp(scale * (s - row_reference)) d_row + exp(scale * (s - col_reference)) d_col; returns sum g * s.
-  double (*exp_gradient)(const T* tile, int64_t rows, int64_t cols, int64_t ld, T scale,
-                         const T* row_reference, const T* d_row, const T* col_reference, const T* d_col, T* g,
-                         int64_t ld_g);
+  void (*exp_sums)(const StripScores<T>&, double scale, const T* row_max, const T* col_max, T* row_sum,
+                   T* col_sum);
+  // g = q + r, q = exp(scale * (s - row_reference)) row_weight and r = exp(scale * (s - col_reference))
+  // col_weight; returns sum q * (s - row_reference) + r * (s - col_reference).
+  double (*exp_gradient)(const StripScores<T>&, double scale, const T* row_reference, const T* row_weight,
+                         const T* col_reference, const T* col_weight, T* g, int64_t ld_g);
   // row_sum[r] = sum_c [s - row_threshold[r]]+, row_count its positive terms; col_* += likewise.
-  void (*hinge_sums)(const T* tile, int64_t rows, int64_t cols, int64_t ld, const T* row_threshold,
-                     const T* col_threshold, T* row_sum, T* row_count, T* col_sum, T* col_count);
-  // g = [s > row_threshold] d_row + [s > col_threshold] d_col.
-  void (*hinge_gradient)(const T* tile, int64_t rows, int64_t cols, int64_t ld, const T* row_threshold,
-                         const T* d_row, const T* col_threshold, const T* d_col, T* g, int64_t ld_g);
+  void (*hinge_sums)(const StripScores<T>&, const T* row_threshold, const T* col_threshold, T* row_sum,
+                     T* row_count, T* col_sum, T* col_count);
+  // g = [s > row_threshold] row_weight + [s > col_threshold] col_weight.
+  void (*hinge_gradient)(const StripScores<T>&, const T* row_threshold, const T* row_weight,
+                         const T* col_threshold, const T* col_weight, T* g, int64_t ld_g);
 };
 
 template <typename T>

@@ -4,7 +4,9 @@
 
 namespace {
 
+using fused_vse::EXCLUDED;
 using fused_vse::Kernels;
+using fused_vse::StripScores;
 
 // MR x NR pairs at a time keep their accumulators in registers (16 of 32 with AVX-512, 8 of 16 without).
 constexpr int64_t MR = VEC_BYTES == 64 ? 4 : 2;
@@ -140,69 +142,48 @@ T max_abs(const T* x, int64_t n) {
   return result;
 }
 
-constexpr double NORM_EPS = 1e-12;  // as torch.nn.functional.normalize
-
-template <typename T>
-double squared_norm(const T* x, int64_t d, double scale) {
-  double lanes[8] = {};  // float32 squares would overflow above 1e19
-  const auto square = [&](int64_t k) {
-    const double y = double(x[k]) * scale;
-    return y * y;
-  };
-  int64_t k = 0;
-  for (; k + 8 <= d; k += 8)
-    for (int64_t l = 0; l < 8; ++l) lanes[l] += square(k + l);
-  for (int64_t l = 0; k < d; ++k, ++l) lanes[l] += square(k);
-  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+// The scores that count for an anchor of the strip's rows, or of its columns.
+template <typename T, bool CEILED>
+inline Vec<T> of_row(Vec<T> s, const StripScores<T>& strip, int64_t r) {
+  if constexpr (CEILED) s = s <= strip.row_ceiling[r] ? s : broadcast<T>(EXCLUDED<T>);
+  return s;
 }
 
-// Where the squares overflow double, or the inverse norm is no normal T, a power of two takes the row near 1.
-template <typename T>
-T normalize(const T* x, int64_t d, T* y) {
-  constexpr bool is_double = sizeof(T) == 8;
-  constexpr double huge = is_double ? 0x1p1000 : 0x1p200, shrink = is_double ? 0x1p-530 : 0x1p-100;
-  double scale = 1, squares = squared_norm(x, d, 1);
-  if (squares > huge) scale = shrink, squares = squared_norm(x, d, shrink);
-  const double norm = __builtin_sqrt(squares);
-  const T factor = T(scale), inverse = T(1.0 / (norm < NORM_EPS ? NORM_EPS : norm));
-  for_each_vec<T>(
-      d, [&](int64_t k, auto access) { access.store(y + k, access.load(x + k) * factor * inverse); });
-  return factor * inverse;
+template <typename T, bool CEILED, typename Access>
+inline Vec<T> of_column(Vec<T> s, const StripScores<T>& strip, int64_t c, Access access) {
+  if constexpr (CEILED) s = s <= access.load(strip.col_ceiling + c) ? s : broadcast<T>(EXCLUDED<T>);
+  return s;
 }
 
-template <typename T>
-void normalize_backward(const T* dy, const T* y, T inverse_norm, int64_t d, T* dx) {
-  Vec<T> acc = {};
-  for_each_vec<T>(d, [&](int64_t k, auto access) { acc += access.load(y + k) * access.load(dy + k); });
-  const bool shorter_than_eps = inverse_norm >= T(1.0 / NORM_EPS);
-  const T projection = shorter_than_eps ? T(0) : horizontal_sum<T>(acc);
-  for_each_vec<T>(d, [&](int64_t k, auto access) {
-    access.store(dx + k, (access.load(dy + k) - access.load(y + k) * projection) * inverse_norm);
-  });
+// body(r) with std::true_type where the strip has ceilings: the loop without them is one of its own.
+template <typename T, typename Body>
+inline auto with_ceilings(const StripScores<T>& strip, const Body& body) {
+  return strip.row_ceiling ? body(std::true_type{}) : body(std::false_type{});
 }
 
-template <typename T, int64_t R>
-inline void maxima_rows(const T* tile, int64_t cols, int64_t ld, T* row_max, T* col_max) {
-  constexpr T lowest = std::numeric_limits<T>::lowest();
+template <typename T, bool CEILED, int64_t R>
+inline void maxima_rows(const StripScores<T>& strip, int64_t row, T* row_max, T* col_max) {
   Vec<T> best[R];
-  for (int64_t r = 0; r < R; ++r) best[r] = broadcast<T>(lowest);
-  for_each_vec<T>(cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-    Vec<T> column = access.load(col_max + c, lowest);
-    for (int64_t r = 0; r < R; ++r) {
-      const Vec<T> s = access.load(tile + r * ld + c, lowest);
-      best[r] = max<T>(best[r], s);
-      column = max<T>(column, s);
+  for (int64_t r = 0; r < R; ++r) best[r] = broadcast<T>(EXCLUDED<T>);
+  for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+    Vec<T> column = access.load(col_max + c, EXCLUDED<T>);
+    for (int64_t r = row; r < row + R; ++r) {
+      const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+      best[r - row] = max<T>(best[r - row], of_row<T, CEILED>(s, strip, r));
+      column = max<T>(column, of_column<T, CEILED>(s, strip, c, access));
     }
     access.store(col_max + c, column);
   });
-  for (int64_t r = 0; r < R; ++r) row_max[r] = horizontal_max<T>(best[r]);
+  for (int64_t r = 0; r < R; ++r) row_max[row + r] = horizontal_max<T>(best[r]);
 }
 
 template <typename T>
-void maxima(const T* tile, int64_t rows, int64_t cols, int64_t ld, T* row_max, T* col_max) {
-  int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) maxima_rows<T, ROWS>(tile + r * ld, cols, ld, row_max + r, col_max);
-  for (; r < rows; ++r) maxima_rows<T, 1>(tile + r * ld, cols, ld, row_max + r, col_max);
+void maxima(const StripScores<T>& strip, T* row_max, T* col_max) {
+  with_ceilings(strip, [&](auto ceiled) {
+    int64_t r = 0;
+    for (; r + ROWS <= strip.rows; r += ROWS) maxima_rows<T, ceiled, ROWS>(strip, r, row_max, col_max);
+    for (; r < strip.rows; ++r) maxima_rows<T, ceiled, 1>(strip, r, row_max, col_max);
+  });
 }
 
 // Hits are rare: a branch for SCANNED registers at a time.
@@ -233,13 +214,22 @@ void scan(const T* row, int64_t cols, T row_threshold, const T* col_threshold, i
 
 constexpr double LOG2_E = 1.4426950408889634;
 
-// 2^x with at most 1 ulp of error in [-126, 127]; 0 below. 2^x = 2^n 2^f, f in [-1/2, 1/2], and a minimax
+// exp(scale x) = power(exponent(x, unit)), unit = exponent_unit(scale): a power of two in float, whose
+// exponent of -127, the least, gives 0; libm's exp in double, as exact as what it is compared with.
+inline float exponent_unit(double scale, float) { return static_cast<float>(scale * LOG2_E); }
+inline double exponent_unit(double scale, double) { return scale; }
+
+template <typename T>
+inline Vec<T> exponent(Vec<T> x, T unit) {
+  return max<T>(x * unit, broadcast<T>(sizeof(T) == 4 ? T(-127) : T(-746)));
+}
+
+// 2^x with at most 1 ulp of error in [-126, 127], x >= -127. 2^x = 2^n 2^f, f in [-1/2, 1/2], and a minimax
 // polynomial of 2^f (relative error 2e-9; the coefficients are a Chebyshev fit).
-inline Vec<float> exp2(Vec<float> x) {
+inline Vec<float> power(Vec<float> x) {
   const Vec<float> shift = broadcast<float>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> clamped = max<float>(x, broadcast<float>(-126.0f));
-  const Vec<float> shifted = clamped + shift;
-  const Vec<float> f = clamped - (shifted - shift);
+  const Vec<float> shifted = x + shift;
+  const Vec<float> f = x - (shifted - shift);
   Vec<float> p = broadcast<float>(1.54614446986e-4f);
   p = p * f + 1.34004281776e-3f;
   p = p * f + 9.61805667852e-3f;
@@ -248,95 +238,99 @@ inline Vec<float> exp2(Vec<float> x) {
   p = p * f + 6.93147206703e-1f;
   p = p * f + 1.0f;
   const IntVec<float> n = (IntVec<float>)shifted - (IntVec<float>)shift;
-  const Vec<float> power = (Vec<float>)((n + 127) << 23);
-  return x < -126.0f ? Vec<float>{} : p * power;
+  return p * (Vec<float>)((n + 127) << 23);
 }
 
-inline Vec<double> exp2(Vec<double> x) {
+inline Vec<double> power(Vec<double> x) {
   Vec<double> y;
-  for (int64_t k = 0; k < LANES<double>; ++k) y[k] = __builtin_exp2(x[k]);
+  for (int64_t k = 0; k < LANES<double>; ++k) y[k] = __builtin_exp(x[k]);
   return y;
 }
 
 template <typename T>
-void exp_sums(const T* tile, int64_t rows, int64_t cols, int64_t ld, T scale, const T* row_max,
-              const T* col_max, T* row_sum, T* col_sum) {
-  const T log2_scale = T(scale * LOG2_E);
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = tile + r * ld;
-    const T reference = row_max[r];
-    Vec<T> acc = {};
-    for_each_vec<T>(cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-      const Vec<T> s = access.load(row + c, std::numeric_limits<T>::lowest());
-      acc += exp2((s - reference) * log2_scale);
-      const Vec<T> e = exp2((s - access.load(col_max + c)) * log2_scale);
-      access.store(col_sum + c, access.load(col_sum + c) + e);
-    });
-    row_sum[r] = horizontal_sum<T>(acc);
-  }
+void exp_sums(const StripScores<T>& strip, double scale, const T* row_max, const T* col_max, T* row_sum,
+              T* col_sum) {
+  const T unit = exponent_unit(scale, T{});
+  with_ceilings(strip, [&](auto ceiled) {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const T reference = row_max[r];
+      Vec<T> sum = {};
+      for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        sum += power(exponent<T>(of_row<T, ceiled>(s, strip, r) - reference, unit));
+        const Vec<T> in_column = of_column<T, ceiled>(s, strip, c, access) - access.load(col_max + c);
+        access.store(col_sum + c, access.load(col_sum + c) + power(exponent<T>(in_column, unit)));
+      });
+      row_sum[r] = horizontal_sum<T>(sum);
+    }
+  });
 }
 
 template <typename T>
-double exp_gradient(const T* tile, int64_t rows, int64_t cols, int64_t ld, T scale, const T* row_reference,
-                    const T* d_row, const T* col_reference, const T* d_col, T* g, int64_t ld_g) {
-  const T log2_scale = T(scale * LOG2_E);
+double exp_gradient(const StripScores<T>& strip, double scale, const T* row_reference, const T* row_weight,
+                    const T* col_reference, const T* col_weight, T* g, int64_t ld_g) {
+  const T unit = exponent_unit(scale, T{});
   double total = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = tile + r * ld;
-    const T reference = row_reference[r], weight = d_row[r];
-    Vec<T> acc = {};
-    for_each_vec<T>(cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-      // What lies beyond the row must vanish: with 0 its exponential may be infinite.
-      const Vec<T> s = access.load(row + c, std::numeric_limits<T>::lowest());
-      const Vec<T> column = access.load(col_reference + c);
-      const Vec<T> from_row = exp2((s - reference) * log2_scale) * weight;
-      const Vec<T> from_col = exp2((s - column) * log2_scale) * access.load(d_col + c);
-      const Vec<T> gradient = from_row + from_col;
-      acc += gradient * s;
-      access.store(g + r * ld_g + c, gradient);
-    });
-    total += horizontal_sum<T>(acc);
-  }
-  return total;
+  with_ceilings(strip, [&](auto ceiled) {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const T reference = row_reference[r], weight = row_weight[r];
+      Vec<T> sum = {};
+      for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+        // What lies beyond the row must vanish: with 0 its exponential may be infinite.
+        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> x = exponent<T>(of_row<T, ceiled>(s, strip, r) - reference, unit);
+        const Vec<T> in_column = of_column<T, ceiled>(s, strip, c, access) - access.load(col_reference + c);
+        const Vec<T> y = exponent<T>(in_column, unit);
+        const Vec<T> from_row = power(x) * weight, from_col = power(y) * access.load(col_weight + c);
+        sum += from_row * x + from_col * y;
+        access.store(g + r * ld_g + c, from_row + from_col);
+      });
+      total += horizontal_sum<T>(sum);
+    }
+  });
+  return total / unit;
 }
 
 template <typename T>
-void hinge_sums(const T* tile, int64_t rows, int64_t cols, int64_t ld, const T* row_threshold,
-                const T* col_threshold, T* row_sum, T* row_count, T* col_sum, T* col_count) {
+void hinge_sums(const StripScores<T>& strip, const T* row_threshold, const T* col_threshold, T* row_sum,
+                T* row_count, T* col_sum, T* col_count) {
   const Vec<T> zero = {}, one = broadcast<T>(1);
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = tile + r * ld;
-    const T threshold = row_threshold[r];
-    Vec<T> sum = {}, count = {};
-    for_each_vec<T>(cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-      const Vec<T> s = access.load(row + c, std::numeric_limits<T>::lowest());
-      const Vec<T> x = s - threshold;
-      sum += x > zero ? x : zero;
-      count += x > zero ? one : zero;
-      const Vec<T> y = s - access.load(col_threshold + c);
-      access.store(col_sum + c, access.load(col_sum + c) + (y > zero ? y : zero));
-      access.store(col_count + c, access.load(col_count + c) + (y > zero ? one : zero));
-    });
-    row_sum[r] = horizontal_sum<T>(sum);
-    row_count[r] = horizontal_sum<T>(count);
-  }
+  with_ceilings(strip, [&](auto ceiled) {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const T threshold = row_threshold[r];
+      Vec<T> sum = {}, count = {};
+      for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> x = of_row<T, ceiled>(s, strip, r) - threshold;
+        sum += x > zero ? x : zero;
+        count += x > zero ? one : zero;
+        const Vec<T> y = of_column<T, ceiled>(s, strip, c, access) - access.load(col_threshold + c);
+        access.store(col_sum + c, access.load(col_sum + c) + (y > zero ? y : zero));
+        access.store(col_count + c, access.load(col_count + c) + (y > zero ? one : zero));
+      });
+      row_sum[r] = horizontal_sum<T>(sum);
+      row_count[r] = horizontal_sum<T>(count);
+    }
+  });
 }
 
 template <typename T>
-void hinge_gradient(const T* tile, int64_t rows, int64_t cols, int64_t ld, const T* row_threshold,
-                    const T* d_row, const T* col_threshold, const T* d_col, T* g, int64_t ld_g) {
+void hinge_gradient(const StripScores<T>& strip, const T* row_threshold, const T* row_weight,
+                    const T* col_threshold, const T* col_weight, T* g, int64_t ld_g) {
   const Vec<T> zero = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = tile + r * ld;
-    const T threshold = row_threshold[r];
-    const Vec<T> weight = broadcast<T>(d_row[r]);
-    for_each_vec<T>(cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-      const Vec<T> s = access.load(row + c);
-      const Vec<T> from_row = s - threshold > zero ? weight : zero;
-      const Vec<T> from_col = s - access.load(col_threshold + c) > zero ? access.load(d_col + c) : zero;
-      access.store(g + r * ld_g + c, from_row + from_col);
-    });
-  }
+  with_ceilings(strip, [&](auto ceiled) {
+    for (int64_t r = 0; r < strip.rows; ++r) {
+      const T threshold = row_threshold[r];
+      const Vec<T> weight = broadcast<T>(row_weight[r]);
+      for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> x = of_row<T, ceiled>(s, strip, r) - threshold;
+        const Vec<T> y = of_column<T, ceiled>(s, strip, c, access) - access.load(col_threshold + c);
+        access.store(g + r * ld_g + c,
+                     (x > zero ? weight : zero) + (y > zero ? access.load(col_weight + c) : zero));
+      });
+    }
+  });
 }
 
 template <typename T>
@@ -347,8 +341,6 @@ constexpr Kernels<T> TABLE = {
     order_sums<T, false>,
     weighted_sum<T>,
     max_abs<T>,
-    normalize<T>,
-    normalize_backward<T>,
     maxima<T>,
     scan<T>,
     exp_sums<T>,

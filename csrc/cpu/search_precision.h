@@ -47,12 +47,12 @@ struct InFloat32 {
           kernels<float>().dots(&row, 1, &row, 1, d, &squares, 1);
           norm[i] = norm_above(squares, d);
         },
-        Problem<float>::GRAIN);
+        GRAIN);
     return {x, norm, norm, std::vector<double>(size)};
   }
 
   static void maxima(Key* tile, int64_t rows, int64_t cols, int64_t ld, Key* row_max, Key* col_max) {
-    kernels<float>().maxima(tile, rows, cols, ld, row_max, col_max);
+    kernels<float>().maxima({tile, rows, cols, ld}, row_max, col_max);
   }
   static void scan(const Key* row, int64_t cols, Key row_threshold, const Key* col_threshold,
                    int32_t* row_hits, int64_t* num_row_hits, int32_t* col_hits, int64_t* num_col_hits) {
@@ -103,7 +103,7 @@ struct InBfloat16 {
           result.rounded_norm[i] = norm_above(rounded_squares, d);
           result.error_norm[i] = norm_above(error_squares, d);
         },
-        Problem<float>::GRAIN);
+        GRAIN);
     return result;
   }
 

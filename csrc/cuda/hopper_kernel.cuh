@@ -144,14 +144,14 @@ __device__ __forceinline__ Item exchange(Item item, int lane_mask) {
 
 // See swap_halves.
 template <int STRIDE, int COUNT, typename Statistic, typename Item>
-__device__ __forceinline__ void swap_reduce(Item* items, int lane) {
+__device__ __forceinline__ void swap_reduce(const Statistic& statistic, Item* items, int lane) {
   if constexpr (COUNT > 1) {
     constexpr int HALF = COUNT / 2, BIT = STRIDE * HALF;
     Item outgoing[HALF];
     swap_halves<HALF>(items, outgoing, (lane & BIT) != 0);
 #pragma unroll
-    for (int i = 0; i < HALF; ++i) items[i] = Statistic::merge(items[i], exchange(outgoing[i], BIT));
-    swap_reduce<STRIDE, HALF, Statistic>(items, lane);
+    for (int i = 0; i < HALF; ++i) items[i] = statistic.merge(items[i], exchange(outgoing[i], BIT));
+    swap_reduce<STRIDE, HALF>(statistic, items, lane);
   }
 }
 
@@ -171,29 +171,30 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
   Item rows[LANE_ROWS];
 #pragma unroll
   for (int slot = 0; slot < LANE_ROWS; ++slot)
-    rows[slot] = statistic.over_columns(acc, slot, row0 + lane_row(warp, lane, slot),
-                                        column0 + lane_column(lane, 0, 0));
-  swap_reduce<ROW_STRIDE, LANE_ROWS, Statistic>(rows, lane);
+    rows[slot] = statistic.over(RowScores{acc, slot}, row0 + lane_row(warp, lane, slot),
+                                column0 + lane_column(lane, 0, 0));
+  swap_reduce<ROW_STRIDE, LANE_ROWS>(statistic, rows, lane);
   const int row = row0 + lane_row(warp, lane, slot_of_lane(lane));
-  if (walk.is_row_anchor(row)) sink.store_row(tile, row, rows[0]);
+  if (walk.stores_row(row)) sink.store_row(tile, row, rows[0]);
 
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     Item items[LANE_COLS];
 #pragma unroll
     for (int i = 0; i < LANE_COLS; ++i)
-      items[i] = statistic.over_rows(acc, chunk, i, column0 + lane_column(lane, chunk, i),
-                                     row0 + lane_row(warp, lane, 0));
-    swap_reduce<COLUMN_STRIDE, LANE_COLS, Statistic>(items, lane);
+      items[i] = statistic.over(ColumnScores{acc, chunk, i},
+                                walk.row_anchors + column0 + lane_column(lane, chunk, i),
+                                row0 + lane_row(warp, lane, 0));
+    swap_reduce<COLUMN_STRIDE, LANE_COLS>(statistic, items, lane);
     exchanged[warp][lane_column(lane, chunk, item_of_lane(lane))] = items[0];
   }
   ptx::barrier_sync(barrier, WARPGROUP);
   for (int c = thread; c < TILE_COLS; c += WARPGROUP) {
     Item total = exchanged[0][c];
 #pragma unroll
-    for (int w = 1; w < WARPS; ++w) total = Statistic::merge(total, exchanged[w][c]);
+    for (int w = 1; w < WARPS; ++w) total = statistic.merge(total, exchanged[w][c]);
     const int column = column0 + c;
-    if (walk.is_column_anchor(tile, column)) sink.store_column(tile, column, total);
+    if (walk.stores_column(tile, column)) sink.store_column(tile, column, total);
   }
 }
 

@@ -2,15 +2,15 @@
 //
 //   hopper_takes(Tensor images, Tensor captions) -> bool    whether the ops below take them; else they raise
 //   hopper_hardest_negatives, hopper_negative_logsumexp, hopper_hinge_sum
-//       the forward ops of ops.h for 16-bit embeddings as the copy engine needs them, without saved scores
+//       the forward ops of fused_vse/ops.py for 16-bit embeddings as the copy engine needs them, without
+//       ceilings and saved scores
 //
-// fused_vse/backends/cuda_statistics.py makes the ops of ops.h out of these.
+// fused_vse/backends/cuda_statistics.py makes the ops without a prefix out of these.
 #include <cuda_runtime.h>
 
 #include <string>
 #include <tuple>
 
-#include "../ops.h"
 #include "hopper_kernel.cuh"
 #include "hopper_plan.h"
 #include "hopper_problems.cuh"
@@ -79,11 +79,6 @@ CUtensorMap tensor_map(const Tensor& x, int box_rows) {
   return map;
 }
 
-template <typename T>
-T* data_or_null(const OptionalTensor& x) {
-  return x ? data<T>(*x) : nullptr;
-}
-
 // Calls f(Element{}) with the embeddings' type as the kernels know it.
 template <typename F>
 void with_element(const Tensor& x, const F& f) {
@@ -97,33 +92,28 @@ unsigned blocks_for(int64_t items, int64_t per_block) {
 // One call: the survey of its embeddings, then passes over pieces of S.
 class Pass {
  public:
-  Pass(const Tensor& images, const Tensor& captions, const OptionalTensor& image_ids,
-       const OptionalTensor& caption_ids, int64_t num_pairs)
-      : n(images.size(0)),
-        m(captions.size(0)),
-        d(images.size(1)),
-        k(num_pairs),
-        images_(images),
-        captions_(captions),
-        launch_(images) {
-    check_batch(images, captions, image_ids, caption_ids, num_pairs);
-    const std::string why = obstacle(images, captions);
-    STD_TORCH_CHECK(why.empty(), "fused_vse's Hopper kernels do not take these embeddings: ", why);
-    if (image_ids) {
-      image_ids_ = with_room(*image_ids, CLUSTER * TILE_ROWS);
-      caption_ids_ = with_room(*caption_ids, TILE_COLS);
+  explicit Pass(const Batch& batch)
+      : batch_(checked(batch)),
+        n(batch.images.size(0)),
+        m(batch.captions->size(0)),
+        d(batch.images.size(1)),
+        anchors(batch.row_anchors + batch.column_anchors),
+        launch_(batch.images) {
+    if (batch.image_ids) {
+      image_ids_ = with_room(*batch.image_ids, CLUSTER * TILE_ROWS);
+      caption_ids_ = with_room(*batch.caption_ids, TILE_COLS);
     }
-    positive = floats({k});
-    bounds_ = bytes(sizeof(Bounds));
-    check_cuda(cudaMemsetAsync(bounds_.data_ptr(), 0, sizeof(Bounds), stream()));
-    with_element(images, [&](auto zero) {
+    bounds_ = zeros(sizeof(Bounds));
+    with_element(batch.images, [&](auto zero) {
       using Element = decltype(zero);
+      const auto rows = [](const Tensor& x) {
+        return Rows<Element>{data<Element>(x), x.size(0), x.stride(0)};
+      };
       // As many blocks as fit on the GPU, each with 8 rows at a time.
-      const unsigned blocks =
-          std::min(blocks_for(std::max(n, m), ROW_THREADS / 32), unsigned(8 * multiprocessors()));
-      survey_kernel<<<blocks, ROW_THREADS, 0, stream()>>>(data<Element>(images_), images_.stride(0), n,
-                                                          data<Element>(captions_), captions_.stride(0), m, d,
-                                                          k, data<float>(positive), bounds());
+      const dim3 grid(std::min(blocks_for(std::max(n, m), ROW_THREADS / 32), unsigned(4 * multiprocessors())),
+                      2);
+      survey_kernel<<<grid, ROW_THREADS, 0, stream()>>>(rows(batch.images), rows(*batch.captions), d,
+                                                        bounds());
       check_launch();
     });
   }
@@ -133,21 +123,25 @@ class Pass {
     Walk walk{};
     walk.rectangle = rectangle;
     walk.raster = Raster::of(rectangle);
-    walk.num_pairs = static_cast<int>(k);
+    walk.row_anchors = static_cast<int>(batch_.row_anchors);
+    walk.column_anchors = static_cast<int>(batch_.column_anchors);
+    walk.pair_row = static_cast<int>(batch_.pair_row);
+    walk.pair_column = static_cast<int>(batch_.pair_column);
+    walk.pair_count = static_cast<int>(batch_.pair_count);
     walk.depth_steps = static_cast<int>((d + TILE_DEPTH - 1) / TILE_DEPTH);
     Tensor ranges;
     if (image_ids_) {
       const int tiles = rectangle.row_tiles() + rectangle.column_tiles();
       ranges = bytes(tiles * sizeof(IdRange));
-      walk.image_ids = data<int64_t>(*image_ids_);
-      walk.caption_ids = data<int64_t>(*caption_ids_);
+      walk.image_ids = data<int64_t>(image_ids_);
+      walk.caption_ids = data<int64_t>(caption_ids_);
       walk.row_ranges = data<IdRange>(ranges);
       walk.column_ranges = walk.row_ranges + rectangle.row_tiles();
       id_ranges_kernel<<<tiles, 32, 0, stream()>>>(walk.image_ids, walk.caption_ids, rectangle,
                                                    data<IdRange>(ranges));
       check_launch();
     }
-    with_element(images_, [&](auto zero) {
+    with_element(batch_.images, [&](auto zero) {
       const auto kernel = statistics_kernel<decltype(zero), Problem>;
       check_cuda(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES<Problem>));
@@ -161,8 +155,8 @@ class Pass {
       config.stream = stream();
       config.attrs = &cluster;
       config.numAttrs = 1;
-      check_cuda(cudaLaunchKernelEx(&config, kernel, tensor_map(images_, TILE_ROWS),
-                                    tensor_map(captions_, SHARE_COLS), walk, problem));
+      check_cuda(cudaLaunchKernelEx(&config, kernel, tensor_map(batch_.images, TILE_ROWS),
+                                    tensor_map(*batch_.captions, SHARE_COLS), walk, problem));
     });
   }
 
@@ -170,128 +164,137 @@ class Pass {
   // every piece.
   template <typename MakeProblem, typename MergePiece>
   void run_in_pieces(const MakeProblem& make, const MergePiece& merge) {
-    const auto pieces = rectangles(n, m, k, piece_height(WORKSPACE_BYTES, partial_bytes_per_row(m, k)));
-    const PartialSizes sizes = partial_sizes(pieces, k);
-    const Tensor rows = floats({sizes.rows}), columns = floats({sizes.columns});
+    const int64_t columns = batch_.column_anchors;
+    const auto pieces = in_pieces(piece_height(WORKSPACE_BYTES, partial_bytes_per_row(m, columns)));
+    const PartialSizes sizes = partial_sizes(pieces, columns);
+    const Tensor of_rows = floats(sizes.rows), of_columns = floats(sizes.columns);
     bool first = true;
     for (const Rectangle& piece : pieces) {
-      run(piece, make(Partials{data<float>(rows), data<float>(columns), piece, k}));
-      const dim3 grid(blocks_for(std::max<int64_t>(k, piece.rows()), ROW_THREADS), 2);
-      merge(grid, Merge{bounds(), d, k, piece, first, data<float>(rows), data<float>(columns),
-                        data<float>(positive)});
+      const Partials partials{data<float>(of_rows), data<float>(of_columns), piece, columns};
+      run(piece, make(partials));
+      merge(dim3(blocks_for(std::max<int64_t>(columns, piece.rows()), ROW_THREADS), 2),
+            Merge{bounds(), d, batch_.row_anchors, partials, first});
       check_launch();
       first = false;
     }
   }
 
-  Tensor floats(std::initializer_list<int64_t> shape) const {
-    return empty_on(images_, shape, ScalarType::Float);
+  std::vector<Rectangle> in_pieces(int64_t height) const {
+    return rectangles(n, m, batch_.row_anchors, batch_.column_anchors, height);
   }
-  Tensor bytes(int64_t count) const { return empty_on(images_, {count}, ScalarType::Byte); }
+  Tensor floats(int64_t count) const { return empty_on(batch_.images, {count}, ScalarType::Float); }
+  Tensor doubles(int64_t count) const { return empty_on(batch_.images, {count}, ScalarType::Double); }
+  Tensor integers(int64_t count) const { return empty_on(batch_.images, {count}, ScalarType::Long); }
+  Tensor bytes(int64_t count) const { return empty_on(batch_.images, {count}, ScalarType::Byte); }
+  Tensor zeros(int64_t count) const {
+    const Tensor x = bytes(count);
+    check_cuda(cudaMemsetAsync(x.data_ptr(), 0, count, stream()));
+    return x;
+  }
   Bounds* bounds() const { return data<Bounds>(bounds_); }
   cudaStream_t stream() const { return launch_.stream(); }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount, launch_.device()); }
 
-  const int64_t n, m, d, k;
-  Tensor positive;  // [K]
-
  private:
+  static const Batch& checked(const Batch& batch) {
+    check_batch(batch);
+    const std::string why = obstacle(batch.images, *batch.captions);
+    STD_TORCH_CHECK(why.empty(), "fused_vse's Hopper kernels do not take these embeddings: ", why);
+    return batch;
+  }
   // A copy that may be read up to `room` elements beyond its end: they belong to no score that counts.
   Tensor with_room(const Tensor& ids, int64_t room) const {
-    const Tensor from = torch::stable::contiguous(ids);
-    const Tensor to = empty_on(ids, {ids.numel() + room}, ScalarType::Long);
+    const Tensor from = torch::stable::contiguous(ids), to = integers(ids.numel() + room);
     check_cuda(cudaMemcpyAsync(to.data_ptr(), from.data_ptr(), ids.numel() * sizeof(int64_t),
                                cudaMemcpyDeviceToDevice, stream()));
     return to;
   }
 
-  const Tensor images_, captions_;
+  const Batch& batch_;
+
+ public:
+  const int64_t n, m, d, anchors;
+
+ private:
+  const Launch launch_;
   OptionalTensor image_ids_, caption_ids_;
   Tensor bounds_;
-  const Launch launch_;
 };
+
+void refuse(const OptionalTensor& ceiling, bool save_scores) {
+  STD_TORCH_CHECK(
+      !ceiling && !save_scores,
+      "fused_vse's Hopper kernels have no ceiling and no save_scores; use the op without a prefix");
+}
 
 bool hopper_takes(const Tensor& images, const Tensor& captions) { return obstacle(images, captions).empty(); }
 
-std::tuple<Tensor, Tensor, Tensor> hopper_hardest_negatives(const Tensor& images, const Tensor& captions,
-                                                            const OptionalTensor& image_ids,
-                                                            const OptionalTensor& caption_ids,
-                                                            int64_t num_pairs) {
-  Pass pass(images, captions, image_ids, caption_ids, num_pairs);
-  const int64_t k = num_pairs;
-  const Tensor best = pass.bytes(2 * k * sizeof(unsigned long long));
-  check_cuda(cudaMemsetAsync(best.data_ptr(), 0, best.numel(), pass.stream()));
-  const HardestProblem problem{data<unsigned long long>(best), k};
-  for (const Rectangle& piece : rectangles(pass.n, pass.m, k, pass.n)) pass.run(piece, problem);
-  const Tensor score = pass.floats({2, k}), index = empty_on(images, {2, k}, ScalarType::Long);
-  hardest_finish_kernel<<<blocks_for(2 * k, ROW_THREADS), ROW_THREADS, 0, pass.stream()>>>(
-      problem.best, pass.bounds(), pass.d, k, data<float>(pass.positive), data<float>(score),
-      data<int64_t>(index));
+std::tuple<Tensor, Tensor> hardest_negatives(const Batch& batch, OptionalTensor ceiling) {
+  refuse(ceiling, false);
+  Pass pass(batch);
+  const Tensor best = pass.zeros(pass.anchors * sizeof(unsigned long long));
+  const HardestProblem problem{data<unsigned long long>(best), batch.row_anchors};
+  for (const Rectangle& piece : pass.in_pieces(pass.n)) pass.run(piece, problem);
+  const Tensor score = pass.floats(pass.anchors), index = pass.integers(pass.anchors);
+  if (pass.anchors > 0)
+    hardest_finish_kernel<<<blocks_for(pass.anchors, ROW_THREADS), ROW_THREADS, 0, pass.stream()>>>(
+        problem.best, pass.bounds(), pass.d, pass.anchors, data<float>(score), data<int64_t>(index));
   check_launch();
-  return std::make_tuple(pass.positive, score, index);
+  return {score, index};
 }
 
-std::tuple<Tensor, Tensor> hopper_negative_logsumexp(const Tensor& images, const Tensor& captions,
-                                                     const OptionalTensor& image_ids,
-                                                     const OptionalTensor& caption_ids, int64_t num_pairs,
-                                                     double scale, const OptionalTensor& scale_tensor) {
-  Pass pass(images, captions, image_ids, caption_ids, num_pairs);
-  check_scale(scale_tensor, images);
+std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, OptionalTensor ceiling,
+                                                      double scale, OptionalTensor scale_tensor,
+                                                      bool save_scores) {
+  refuse(ceiling, save_scores);
+  Pass pass(batch);
   OptionalTensor exact_scale;
-  if (scale_tensor) exact_scale = torch::stable::to(*scale_tensor, ScalarType::Double);
-  const double* scale_pointer = data_or_null<double>(exact_scale);
-  const float anchors = static_cast<float>(std::max(pass.n, pass.m));
+  if (scale_tensor) {
+    check_numbers("scale_tensor", *scale_tensor, batch.images, ScalarType::Float, 1);
+    exact_scale = torch::stable::to(*scale_tensor, ScalarType::Double);
+  }
   const Tensor exponent = pass.bytes(sizeof(Exponent));
-  const Tensor logsumexp = empty_on(images, {2, num_pairs}, ScalarType::Double);
+  const Tensor reference = pass.floats(pass.anchors), log_sum = pass.doubles(pass.anchors);
   pass.run_in_pieces(
       [&](const Partials& partials) {
-        return LogsumexpProblem{partials,      pass.bounds(), scale,
-                                scale_pointer, anchors,       data<Exponent>(exponent)};
+        return LogsumexpProblem{partials,
+                                pass.bounds(),
+                                scale,
+                                data<double>(exact_scale),
+                                static_cast<float>(std::max(pass.n, pass.m)),
+                                data<Exponent>(exponent)};
       },
       [&](dim3 grid, const Merge& merge) {
-        logsumexp_merge_kernel<<<grid, ROW_THREADS, 0, pass.stream()>>>(merge, data<Exponent>(exponent),
-                                                                        data<double>(logsumexp));
+        logsumexp_merge_kernel<<<grid, ROW_THREADS, 0, pass.stream()>>>(
+            merge, data<Exponent>(exponent), data<float>(reference), data<double>(log_sum));
       });
-  return std::make_tuple(pass.positive, logsumexp);
+  return {reference, log_sum, pass.floats(0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> hopper_hinge_sum(const Tensor& images, const Tensor& captions,
-                                                    const OptionalTensor& image_ids,
-                                                    const OptionalTensor& caption_ids, int64_t num_pairs,
-                                                    double margin) {
-  Pass pass(images, captions, image_ids, caption_ids, num_pairs);
-  const Tensor total = pass.floats({2, num_pairs});
-  const Tensor active = empty_on(images, {2, num_pairs}, ScalarType::Long);
-  pass.run_in_pieces(
-      [&](const Partials& partials) {
-        return HingeProblem{partials, data<float>(pass.positive), static_cast<float>(margin)};
-      },
-      [&](dim3 grid, const Merge& merge) {
-        hinge_merge_kernel<<<grid, ROW_THREADS, 0, pass.stream()>>>(merge, data<float>(total),
-                                                                    data<int64_t>(active));
-      });
-  return std::make_tuple(pass.positive, total, active);
+std::tuple<Tensor, Tensor, Tensor> hinge_sum(const Batch& batch, OptionalTensor ceiling, Tensor threshold,
+                                             bool save_scores) {
+  refuse(ceiling, save_scores);
+  Pass pass(batch);
+  check_numbers("threshold", threshold, batch.images, ScalarType::Float, pass.anchors);
+  const Tensor thresholds = torch::stable::contiguous(threshold);
+  const Hinge hinge{data<float>(thresholds), static_cast<int>(pass.anchors) - 1};
+  const Tensor total = pass.floats(pass.anchors), active = pass.integers(pass.anchors);
+  pass.run_in_pieces([&](const Partials& partials) { return HingeProblem{partials, hinge}; },
+                     [&](dim3 grid, const Merge& merge) {
+                       hinge_merge_kernel<<<grid, ROW_THREADS, 0, pass.stream()>>>(merge, data<float>(total),
+                                                                                   data<int64_t>(active));
+                     });
+  return {total, active, pass.floats(0)};
 }
 
 }  // namespace
 }  // namespace hopper
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_vse_cuda, m) {
-  m.def("hopper_takes(Tensor images, Tensor captions) -> bool");
-  m.def("hopper_" HARDEST_NEGATIVES_SCHEMA);
-  m.def(
-      "hopper_negative_logsumexp(Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, "
-      "SymInt num_pairs, float scale, Tensor? scale_tensor) -> (Tensor positive, Tensor logsumexp)");
-  m.def(
-      "hopper_hinge_sum(Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, "
-      "SymInt num_pairs, float margin) -> (Tensor positive, Tensor hinge_sum, Tensor active)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cuda, CUDA, m) {
   m.impl("hopper_takes", TORCH_BOX(&hopper::hopper_takes));
-  m.impl("hopper_hardest_negatives", TORCH_BOX(&hopper::hopper_hardest_negatives));
-  m.impl("hopper_negative_logsumexp", TORCH_BOX(&hopper::hopper_negative_logsumexp));
-  m.impl("hopper_hinge_sum", TORCH_BOX(&hopper::hopper_hinge_sum));
+  m.impl("hopper_hardest_negatives", TORCH_BOX(&WithBatch<&hopper::hardest_negatives>::run));
+  m.impl("hopper_negative_logsumexp", TORCH_BOX(&WithBatch<&hopper::negative_logsumexp>::run));
+  m.impl("hopper_hinge_sum", TORCH_BOX(&WithBatch<&hopper::hinge_sum>::run));
 }
 
 }  // namespace fused_vse

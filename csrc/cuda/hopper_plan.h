@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "hopper_tile.h"
+#include "hopper_walk.h"
 
 namespace fused_vse::hopper {
 
@@ -29,9 +29,7 @@ inline std::string obstacle(const char* name, const Layout& x) {
     return text("have rows " + std::to_string(x.row_stride) +
                 " elements apart, which must be a multiple of 8 and at least D");
   if (x.address % 16 != 0) return text("must begin on a 16-byte boundary");
-  // Row numbers of a tile beyond the last one, too.
-  if (x.rows > INT32_MAX - CLUSTER * TILE_ROWS || x.dimensions > INT32_MAX - TILE_DEPTH)
-    return text("are too large for 32-bit row numbers");
+  if (x.dimensions > INT32_MAX - TILE_DEPTH) return text("have too many dimensions for 32-bit numbers");
   return "";
 }
 
@@ -44,6 +42,9 @@ inline std::string obstacle(int major, int minor, const Layout& images, const La
   if (!why.empty()) return why;
   const std::string also = obstacle("captions", captions);
   if (!also.empty()) return also;
+  // Of a cluster tile beyond the last one, too, and of a row's and a column's number together.
+  if (std::max(images.rows, captions.rows) > INT32_MAX / 2 - CLUSTER * TILE_ROWS)
+    return "there are too many rows for 32-bit numbers";
   const Rectangle all{0, static_cast<int>(images.rows), static_cast<int>(captions.rows)};
   // Numbers of two rounds of clusters beyond the last tile, and of a whole group of rows, too.
   constexpr int64_t MARGIN = 1 << 20;
@@ -54,23 +55,24 @@ inline std::string obstacle(int major, int minor, const Layout& images, const La
 
 // Bytes of partial results that each row of a rectangle takes: one item a column tile for itself, and its
 // share of one item a column for its row tile.
-inline int64_t partial_bytes_per_row(int64_t num_columns, int64_t num_pairs) {
+inline int64_t partial_bytes_per_row(int64_t num_columns, int64_t column_anchors) {
   const int64_t row_slots = (num_columns + TILE_COLS - 1) / TILE_COLS;
-  const int64_t column_slots = (num_pairs + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t column_slots = (column_anchors + TILE_ROWS - 1) / TILE_ROWS;
   return PLANES * static_cast<int64_t>(sizeof(float)) * (row_slots + column_slots);
 }
 
-// S without the scores among extra negatives, in pieces of at most `height` rows: all columns for the rows of
-// pairs, the columns of pairs for the others.
-inline std::vector<Rectangle> rectangles(int64_t n, int64_t m, int64_t k, int64_t height) {
+// What anchors see of S [n, m], in pieces of at most `height` rows: all columns for the row anchors, the
+// column anchors for the other rows.
+inline std::vector<Rectangle> rectangles(int64_t n, int64_t m, int64_t row_anchors, int64_t column_anchors,
+                                         int64_t height) {
   std::vector<Rectangle> pieces;
   const auto add = [&](int64_t begin, int64_t end, int64_t columns) {
-    for (int64_t row = begin; row < end; row += height)
+    for (int64_t row = begin; row < end && columns > 0; row += height)
       pieces.push_back(
           {static_cast<int>(row), static_cast<int>(std::min(row + height, end)), static_cast<int>(columns)});
   };
-  add(0, k, m);
-  add(k, n, k);
+  add(0, row_anchors, m);
+  add(row_anchors, n, column_anchors);
   return pieces;
 }
 
@@ -85,11 +87,11 @@ struct PartialSizes {
   int64_t rows, columns;
 };
 
-inline PartialSizes partial_sizes(const std::vector<Rectangle>& pieces, int64_t num_pairs) {
+inline PartialSizes partial_sizes(const std::vector<Rectangle>& pieces, int64_t column_anchors) {
   PartialSizes sizes{0, 0};
   for (const Rectangle& piece : pieces) {
     sizes.rows = std::max(sizes.rows, partial_at(piece.column_tiles(), 0, piece.rows(), 0));
-    sizes.columns = std::max(sizes.columns, partial_at(piece.row_tiles() + 1, 0, num_pairs, 0));
+    sizes.columns = std::max(sizes.columns, partial_at(piece.row_tiles() + 1, 0, column_anchors, 0));
   }
   return sizes;
 }

@@ -1,10 +1,11 @@
 // What one thread does with its scores of a tile, for each statistic; how partial results merge.
 //
 // A statistic is an associative merge of items of at most 8 bytes:
-//   prepare(acc)        once, before the reductions
-//   over_columns(...)   the item of one of the thread's rows, over the columns that it holds
-//   over_rows(...)      the item of one of the thread's columns, over the rows that it holds
-//   merge(a, b)         of two items of the same anchor
+//   prepare(acc)                 once, before the reductions
+//   over(scores, anchor, first)  the item of what the thread has of one row or column: RowScores or
+//                                ColumnScores; its number as an anchor, if it is one (else the item is not
+//                                used); the number of the first of them
+//   merge(a, b)                  of two items of the same anchor
 // Scores that belong to no negative are -inf by then (Walk::leave_out).
 #pragma once
 
@@ -59,29 +60,14 @@ struct Hardest {
   }
 
   FUSED_VSE_HD void prepare(Fragment&) const {}
-  // `first` is the number of the thread's first row or column.
-  FUSED_VSE_HD Item over_columns(const Fragment& acc, int slot, int, int first) const {
+  template <typename Scores>
+  FUSED_VSE_HD Item over(const Scores& scores, int, int first) const {
     float best = -INFINITE;
     int where = -1;
     FUSED_VSE_UNROLL
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      FUSED_VSE_UNROLL
-      for (int item = 0; item < LANE_COLS; ++item) {
-        const float s = acc[slot / 2][accumulator(slot, chunk, item)];
-        where = s > best ? item_column(chunk, item) : where;
-        best = s > best ? s : best;
-      }
-    }
-    return where < 0 ? 0 : key(best, first + where);
-  }
-  FUSED_VSE_HD Item over_rows(const Fragment& acc, int chunk, int item, int, int first) const {
-    float best = -INFINITE;
-    int where = -1;
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot) {
-      const float s = acc[slot / 2][accumulator(slot, chunk, item)];
-      where = s > best ? slot_row(slot) : where;
-      best = s > best ? s : best;
+    for (int i = 0; i < Scores::COUNT; ++i) {
+      where = scores[i] > best ? Scores::place(i) : where;
+      best = scores[i] > best ? scores[i] : best;
     }
     return where < 0 ? 0 : key(best, first + where);
   }
@@ -100,17 +86,14 @@ struct Bounds {
   }
 };
 
-// logsumexp, in units of log 2: exp(a s) = exp2(c s). If `one` shift suits all of S, e = exp2(c s - shift) is
-// the same for the row and the column of an entry and the sums are plain sums.
+// logsumexp = a reference + log_sum, by exp(a s) = exp2(c s). If `one` shift suits all of S, exp2(c s -
+// shift) is the same for the row and the column of an entry and the sums are plain sums.
 //
 // |c s| <= reach = c max|I_i| max|T_j| leaves exponents in [-2 reach + top, top]. `top` lifts them to normal
 // numbers, and is safe while the sum of `anchors` of them stays below the overflow.
 struct Exponent {
   float c, shift;
   bool one;
-
-  // Explicitly fused: the compiler would otherwise keep 192 products c s for the columns.
-  FUSED_VSE_HD float of(float s, float reference) const { return exp2_fast(fmaf(s, c, -reference)); }
 
   FUSED_VSE_HD static Exponent make(double scale, const Bounds& bounds, float anchors) {
     constexpr float LARGEST = 120.0f;  // exp2 of +-LARGEST is a normal float
@@ -120,6 +103,12 @@ struct Exponent {
     const float top = fmaxf(2 * reach - LARGEST, 0.0f);
     return {c, reach - top, top + log2f(anchors) <= LARGEST};
   }
+  FUSED_VSE_HD bool valid() const { return c > 0 && c < INFINITE; }
+
+  // Explicitly fused: the compiler would otherwise keep 192 products c s for the columns.
+  FUSED_VSE_HD float shifted(float s) const { return exp2_fast(fmaf(s, c, -shift)); }
+  // The difference first: c times a score may have lost it (a s = 1e10, where a float's steps are 1024).
+  FUSED_VSE_HD float relative(float s, float reference) const { return exp2_fast((s - reference) * c); }
 };
 
 struct LogsumexpOneExp {
@@ -130,43 +119,33 @@ struct LogsumexpOneExp {
     FUSED_VSE_UNROLL
     for (int b = 0; b < BLOCKS; ++b) {
       FUSED_VSE_UNROLL
-      for (int i = 0; i < ACCUMULATORS; ++i) acc[b][i] = exponent.of(acc[b][i], exponent.shift);
+      for (int i = 0; i < ACCUMULATORS; ++i) acc[b][i] = exponent.shifted(acc[b][i]);
     }
   }
-  FUSED_VSE_HD Item over_columns(const Fragment& acc, int slot, int, int) const {
+  template <typename Scores>
+  FUSED_VSE_HD Item over(const Scores& shifted, int, int) const {
     float total = 0;
     FUSED_VSE_UNROLL
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      FUSED_VSE_UNROLL
-      for (int item = 0; item < LANE_COLS; ++item) total += acc[slot / 2][accumulator(slot, chunk, item)];
-    }
-    return total;
-  }
-  FUSED_VSE_HD Item over_rows(const Fragment& acc, int chunk, int item, int, int) const {
-    float total = 0;
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot) total += acc[slot / 2][accumulator(slot, chunk, item)];
+    for (int i = 0; i < Scores::COUNT; ++i) total += shifted[i];
     return total;
   }
   FUSED_VSE_HD static Item merge(Item a, Item b) { return a + b; }
 };
 
-// total * exp2(reference); nothing: 0 * exp2(-inf). In the order of the planes of partial results.
+FUSED_VSE_HD float finite(float reference) { return reference == -INFINITE ? 0.0f : reference; }
+
+// total exp(a reference), where the reference is the largest score; nothing: 0 and -inf. In the order of the
+// planes of partial results.
 template <typename Total>
 struct ScaledSum {
   Total total;
   float reference;
 
-  FUSED_VSE_HD static float finite(float reference) { return reference == -INFINITE ? 0.0f : reference; }
-  FUSED_VSE_HD ScaledSum plus(Total other_total, float other_reference) const {
+  FUSED_VSE_HD ScaledSum plus(float other, float other_reference, const Exponent& exponent) const {
     const float top = fmaxf(reference, other_reference);
-    return {
-        total * exp2_fast(reference - finite(top)) + other_total * exp2_fast(other_reference - finite(top)),
-        top};
-  }
-  // Of nothing: -inf. A NaN, from a scale that is one, stays.
-  FUSED_VSE_HD double logsumexp() const {
-    return total == 0 ? -HUGE_VAL : (reference + log2(static_cast<double>(total))) * 0.6931471805599453;
+    return {total * exponent.relative(reference, finite(top)) +
+                other * exponent.relative(other_reference, finite(top)),
+            top};
   }
 };
 
@@ -176,73 +155,39 @@ struct LogsumexpTwoExp {
   Exponent exponent;
 
   FUSED_VSE_HD void prepare(Fragment&) const {}
-  FUSED_VSE_HD Item over_columns(const Fragment& acc, int slot, int, int) const {
+  template <typename Scores>
+  FUSED_VSE_HD Item over(const Scores& scores, int, int) const {
     float largest = -INFINITE, total = 0;
     FUSED_VSE_UNROLL
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      FUSED_VSE_UNROLL
-      for (int item = 0; item < LANE_COLS; ++item)
-        largest = fmaxf(largest, acc[slot / 2][accumulator(slot, chunk, item)]);
-    }
-    largest *= exponent.c;  // which is positive
-    const float reference = Item::finite(largest);
+    for (int i = 0; i < Scores::COUNT; ++i) largest = fmaxf(largest, scores[i]);
+    const float reference = finite(largest);
     FUSED_VSE_UNROLL
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      FUSED_VSE_UNROLL
-      for (int item = 0; item < LANE_COLS; ++item)
-        total += exponent.of(acc[slot / 2][accumulator(slot, chunk, item)], reference);
-    }
+    for (int i = 0; i < Scores::COUNT; ++i) total += exponent.relative(scores[i], reference);
     return {total, largest};
   }
-  FUSED_VSE_HD Item over_rows(const Fragment& acc, int chunk, int item, int, int) const {
-    float largest = -INFINITE, total = 0;
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot)
-      largest = fmaxf(largest, acc[slot / 2][accumulator(slot, chunk, item)]);
-    largest *= exponent.c;
-    const float reference = Item::finite(largest);
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot)
-      total += exponent.of(acc[slot / 2][accumulator(slot, chunk, item)], reference);
-    return {total, largest};
-  }
-  FUSED_VSE_HD static Item merge(Item a, Item b) { return a.plus(b.total, b.reference); }
+  FUSED_VSE_HD Item merge(Item a, Item b) const { return a.plus(b.total, b.reference, exponent); }
 };
 
-// hinge_sum: sum of [s - threshold]+ and how many are above 0; threshold = p - margin of the anchor.
+// hinge_sum: sum of [s - threshold]+ and how many are above 0.
 struct Hinge {
   struct Item {
     float total;
     int active;
   };
-  const float* positive;  // [K]
-  float margin;
-  int num_pairs;
+  const float* threshold;  // [R + C]
+  int last_anchor;
 
-  FUSED_VSE_HD float threshold(int anchor) const {
-    return anchor < num_pairs ? positive[anchor] - margin : INFINITE;
-  }
-  FUSED_VSE_HD static void add(Item& item, float score, float threshold) {
-    const float excess = score - threshold;
-    item.total += excess > 0 ? excess : 0.0f;
-    item.active += excess > 0;
-  }
   FUSED_VSE_HD void prepare(Fragment&) const {}
-  FUSED_VSE_HD Item over_columns(const Fragment& acc, int slot, int anchor, int) const {
+  template <typename Scores>
+  FUSED_VSE_HD Item over(const Scores& scores, int anchor, int) const {
     Item item{0, 0};
-    const float t = threshold(anchor);
+    const float t = threshold[anchor < last_anchor ? anchor : last_anchor];
     FUSED_VSE_UNROLL
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      FUSED_VSE_UNROLL
-      for (int i = 0; i < LANE_COLS; ++i) add(item, acc[slot / 2][accumulator(slot, chunk, i)], t);
+    for (int i = 0; i < Scores::COUNT; ++i) {
+      const float excess = scores[i] - t;
+      item.total += excess > 0 ? excess : 0.0f;
+      item.active += excess > 0;
     }
-    return item;
-  }
-  FUSED_VSE_HD Item over_rows(const Fragment& acc, int chunk, int i, int anchor, int) const {
-    Item item{0, 0};
-    const float t = threshold(anchor);
-    FUSED_VSE_UNROLL
-    for (int slot = 0; slot < LANE_ROWS; ++slot) add(item, acc[slot / 2][accumulator(slot, chunk, i)], t);
     return item;
   }
   FUSED_VSE_HD static Item merge(Item a, Item b) { return {a.total + b.total, a.active + b.active}; }
@@ -251,16 +196,21 @@ struct Hinge {
 // The partial results of one anchor, in ascending order of the slots.
 FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const float* partial, const Slots& slots,
                                                const Exponent& exponent) {
-  ScaledSum<double> sum{0.0, exponent.one ? exponent.shift : -INFINITE};
+  ScaledSum<double> sum{0.0, -INFINITE};
   FUSED_VSE_UNROLL_BY_8
   for (int slot = slots.begin; slot < slots.stop; ++slot) {
-    const float total = partial[partial_at(slot, 0, slots.anchors, slots.anchor)];
+    const float total = partial[partial_at(slot, 0, slots.anchors, slots.at)];
     if (exponent.one)
       sum.total += total;
     else
-      sum = sum.plus(total, partial[partial_at(slot, 1, slots.anchors, slots.anchor)]);
+      sum = sum.plus(total, partial[partial_at(slot, 1, slots.anchors, slots.at)], exponent);
   }
   return sum;
+}
+
+// Where one shift suits all of S, |a s| <= 84, and 0 is near enough to any score.
+FUSED_VSE_HD double log_sum(const ScaledSum<double>& sum, const Exponent& exponent) {
+  return (log2(sum.total) + (exponent.one ? exponent.shift : 0.0f)) * 0.6931471805599453;
 }
 
 struct HingeTotal {
@@ -272,8 +222,8 @@ FUSED_VSE_HD HingeTotal merge_hinge(const float* partial, const Slots& slots) {
   HingeTotal sum{0.0, 0};
   FUSED_VSE_UNROLL_BY_8
   for (int slot = slots.begin; slot < slots.stop; ++slot) {
-    sum.total += partial[partial_at(slot, 0, slots.anchors, slots.anchor)];
-    sum.active += bits_as<int>(partial[partial_at(slot, 1, slots.anchors, slots.anchor)]);
+    sum.total += partial[partial_at(slot, 0, slots.anchors, slots.at)];
+    sum.active += bits_as<int>(partial[partial_at(slot, 1, slots.anchors, slots.at)]);
   }
   return sum;
 }

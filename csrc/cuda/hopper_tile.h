@@ -61,6 +61,27 @@ FUSED_VSE_HD constexpr int accumulator(int slot, int chunk, int item) {
   return 16 * chunk + 4 * (item / 2) + 2 * (slot % 2) + item % 2;
 }
 
+// What a thread has of one of its rows, and of one of its columns: scores[i] is `place(i)` columns, or rows,
+// beyond the thread's first. All of that is known to the compiler.
+struct RowScores {
+  static constexpr int COUNT = CHUNKS * LANE_COLS;
+  const Fragment& acc;
+  int slot;
+
+  FUSED_VSE_HD float operator[](int i) const {
+    return acc[slot / 2][accumulator(slot, i / LANE_COLS, i % LANE_COLS)];
+  }
+  FUSED_VSE_HD static constexpr int place(int i) { return item_column(i / LANE_COLS, i % LANE_COLS); }
+};
+struct ColumnScores {
+  static constexpr int COUNT = LANE_ROWS;
+  const Fragment& acc;
+  int chunk, item;
+
+  FUSED_VSE_HD float operator[](int i) const { return acc[i / 2][accumulator(i, chunk, item)]; }
+  FUSED_VSE_HD static constexpr int place(int i) { return slot_row(i); }
+};
+
 // Swap-shuffle. 2 HALF lanes hold 2 HALF items each and want one total an item. In each step a lane keeps
 // one half of its items, gives the other half to the lane whose number differs in one bit, and merges what
 // it gets: HALF + HALF / 2 + ... + 1 shuffles in place of the 2 HALF log(2 HALF) of a butterfly, and as many
@@ -96,10 +117,7 @@ struct Tile {
 
   FUSED_VSE_HD int row(const Rectangle& r) const { return r.row_start + row_tile * TILE_ROWS; }
   FUSED_VSE_HD int column() const { return column_tile * TILE_COLS; }
-  // Without ids: whether a pair's own score may be in it. The sums stay below 2^31 (hopper_plan.h).
-  FUSED_VSE_HD bool crosses_diagonal(const Rectangle& r) const {
-    return row(r) < column() + TILE_COLS && column() < row(r) + TILE_ROWS;
-  }
+  // The sums stay below 2^31 (hopper_plan.h).
   FUSED_VSE_HD bool is_ragged(const Rectangle& r) const {
     return row(r) + TILE_ROWS > r.row_stop || column() + TILE_COLS > r.num_columns;
   }
@@ -135,12 +153,5 @@ struct RingPosition {
     stage %= STAGES;
   }
 };
-
-// partial[slot][plane][anchor], for the sums: one slot a tile. Slot 0 of the columns carries the total of the
-// rectangles before.
-constexpr int PLANES = 2;
-FUSED_VSE_HD constexpr int64_t partial_at(int slot, int plane, int64_t anchors, int64_t anchor) {
-  return (int64_t{PLANES} * slot + plane) * anchors + anchor;
-}
 
 }  // namespace fused_vse::hopper

@@ -1,9 +1,11 @@
-// One pass over a piece of S: which tiles, which scores are no negatives', which results are anchors'; and
-// which partial results each anchor then merges. Plain arithmetic, shared with tests/hopper_model.cpp.
+// One pass over a piece of S: which tiles, which scores are no negatives', which results are anchors'; where
+// partial results lie, and which of them an anchor merges. Plain arithmetic, shared with
+// tests/hopper_model.cpp.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "hopper_tile.h"
 
@@ -18,22 +20,35 @@ struct IdRange {
 struct Walk {
   Rectangle rectangle;
   Raster raster;
-  int num_pairs;
+  int row_anchors, column_anchors;
+  int pair_row, pair_column, pair_count;
   int depth_steps;  // along D
-  // Or both null: the row numbers. May be read, whatever is there, for all rows and columns of a cluster
+  // Or both null: the pairs decide. May be read, whatever is there, for all rows and columns of a cluster
   // tile.
   const int64_t *image_ids, *caption_ids;
   const IdRange *row_ranges, *column_ranges;  // of their tiles
 
+  FUSED_VSE_HD bool stores_row(int row) const { return row < rectangle.row_stop && row < row_anchors; }
+  // The second tile of the last cluster row may lie outside: it has no results.
+  FUSED_VSE_HD bool stores_column(Tile tile, int column) const {
+    return tile.row(rectangle) < rectangle.row_stop && column < column_anchors;
+  }
+
   // Whether any of the tile's scores may be no negative's.
   FUSED_VSE_HD bool may_hold_excluded(Tile tile) const {
     if (tile.is_ragged(rectangle)) return true;
-    if (!image_ids) return tile.crosses_diagonal(rectangle);
+    if (!image_ids) return holds_pairs(tile);
     return row_ranges[tile.row_tile].meets(column_ranges[tile.column_tile]);
   }
+  // Whether the tile's rows, its columns and all pairs have a number of a pair in common: any two do.
+  FUSED_VSE_HD bool holds_pairs(Tile tile) const {
+    const int of_row = tile.row(rectangle) - pair_row, of_column = tile.column() - pair_column;
+    return of_row < of_column + TILE_COLS && of_column < of_row + TILE_ROWS && of_row < pair_count &&
+           of_row + TILE_ROWS > 0 && of_column < pair_count && of_column + TILE_COLS > 0;
+  }
 
-  // acc = -inf where the score lies outside of the rectangle or the ids are equal. All that varies between a
-  // thread's scores is known to the compiler, because there are hardly any registers left.
+  // acc = -inf where the score lies outside of the rectangle, the ids are equal, or it is a pair's. All that
+  // varies between a thread's scores is known to the compiler, because there are hardly any registers left.
   FUSED_VSE_HD void leave_out(Fragment& acc, Tile tile, int warp, int lane) const {
     const int row = tile.row(rectangle) + lane_row(warp, lane, 0);
     const int column = tile.column() + lane_column(lane, 0, 0);
@@ -51,11 +66,16 @@ struct Walk {
       leave_out_if(acc, [&](int slot, int chunk, int item) {
         return ids[slot] == column_ids[item_column(chunk, item)];
       });
-    } else if (tile.crosses_diagonal(rectangle)) {
-      const int offset = column - row;
-      leave_out_if(acc, [&](int slot, int chunk, int item) {
-        return slot_row(slot) - item_column(chunk, item) == offset;
-      });
+    } else if (holds_pairs(tile)) {
+      // Of each row, in how many columns from the thread's first its caption is.
+      int caption[LANE_ROWS];
+      FUSED_VSE_UNROLL
+      for (int slot = 0; slot < LANE_ROWS; ++slot) {
+        const int pair = row + slot_row(slot) - pair_row;
+        caption[slot] = pair >= 0 && pair < pair_count ? pair + pair_column - column : -1;
+      }
+      leave_out_if(acc,
+                   [&](int slot, int chunk, int item) { return caption[slot] == item_column(chunk, item); });
     }
   }
 
@@ -71,33 +91,56 @@ struct Walk {
       }
     }
   }
+};
 
-  FUSED_VSE_HD bool is_row_anchor(int row) const { return row < rectangle.row_stop && row < num_pairs; }
-  // The second tile of the last cluster row may lie outside: it has no results.
-  FUSED_VSE_HD bool is_column_anchor(Tile tile, int column) const {
-    return tile.row(rectangle) < rectangle.row_stop && column < rectangle.num_columns && column < num_pairs;
+// partial[slot][plane][anchor], for the sums: one slot a tile. Slot 0 of the columns carries the total of the
+// rectangles before.
+constexpr int PLANES = 2;
+FUSED_VSE_HD constexpr int64_t partial_at(int slot, int plane, int64_t anchors, int64_t anchor) {
+  return (int64_t{PLANES} * slot + plane) * anchors + anchor;
+}
+
+// Partial results of a rectangle. The second plane is not written where no one reads it.
+struct Partials {
+  float *rows, *columns;  // [column tiles, 2, rows], [1 + row tiles, 2, C]
+  Rectangle rectangle;
+  int64_t column_anchors;
+
+  template <typename Item>
+  FUSED_VSE_HD static void store(float* partial, int slot, int64_t anchors, int64_t anchor, Item item) {
+    constexpr int WORDS = sizeof(Item) / 4;
+    float words[WORDS];
+    memcpy(words, &item, sizeof item);
+    FUSED_VSE_UNROLL
+    for (int plane = 0; plane < WORDS; ++plane)
+      partial[partial_at(slot, plane, anchors, anchor)] = words[plane];
+  }
+  template <typename Item>
+  FUSED_VSE_HD void store_row(Tile tile, int row, Item item) const {
+    store(rows, tile.column_tile, rectangle.rows(), row - rectangle.row_start, item);
+  }
+  template <typename Item>
+  FUSED_VSE_HD void store_column(Tile tile, int column, Item item) const {
+    store(columns, tile.row_tile + 1, column_anchors, column, item);
   }
 };
 
-// Where an anchor's partial results are: slots [begin, stop) of partial[slot][plane][anchor].
+// The partial results that an anchor merges: slots [begin, stop) of place `at` among `anchors`. `number`:
+// the anchor's in the statistic.
 struct Slots {
   int begin, stop;
-  int64_t anchors, anchor;
-  int64_t pair;  // k
+  int64_t anchors, at, number;
   bool exists;
 };
 
-// Of anchor `anchor` of the piece's rows, or of the columns. `first`: the columns have no total yet.
-FUSED_VSE_HD Slots slots_of(const Rectangle& rectangle, int64_t num_pairs, bool first, bool columns,
-                            int64_t anchor) {
-  Slots slots{};
-  slots.begin = columns && first ? 1 : 0;
-  slots.stop = columns ? rectangle.row_tiles() + 1 : rectangle.column_tiles();
-  slots.anchors = columns ? num_pairs : rectangle.rows();
-  slots.anchor = anchor;
-  slots.pair = columns ? anchor : rectangle.row_start + anchor;
-  slots.exists = anchor < slots.anchors && slots.pair < num_pairs;
-  return slots;
+// Of place `at` of the piece's rows, or of the columns. `first`: the columns have no total yet.
+FUSED_VSE_HD Slots slots_of(const Rectangle& rectangle, int64_t row_anchors, int64_t column_anchors,
+                            bool first, bool columns, int64_t at) {
+  const int64_t row = rectangle.row_start + at;
+  if (columns)
+    return {first, rectangle.row_tiles() + 1, column_anchors, at, row_anchors + at, at < column_anchors};
+  return {
+      0, rectangle.column_tiles(), rectangle.rows(), at, row, row < rectangle.row_stop && row < row_anchors};
 }
 
 }  // namespace fused_vse::hopper

@@ -56,23 +56,56 @@ inline bool is_beside(const Tensor& x, const Tensor& like) {
   return x.is_cuda() && x.get_device_index() == like.get_device_index();
 }
 
-inline void check_batch(const Tensor& images, const Tensor& captions, const OptionalTensor& image_ids,
-                        const OptionalTensor& caption_ids, int64_t num_pairs) {
-  STD_TORCH_CHECK(images.dim() == 2 && captions.dim() == 2, "embeddings must be [N, D] and [M, D]");
+// The batch as the ops take it (fused_vse/ops.py).
+struct Batch {
+  Tensor images;                                    // [N, D]
+  OptionalTensor captions, image_ids, caption_ids;  // [M, D], [N], [M]
+  int64_t row_anchors, column_anchors, pair_row, pair_column, pair_count, similarity;
+};
+
+// An op of a Batch and more as torch boxes it, which knows no structs.
+template <auto op>
+struct WithBatch;
+template <typename Result, typename... More, Result (*op)(const Batch&, More...)>
+struct WithBatch<op> {
+  static Result run(Tensor images, OptionalTensor captions, OptionalTensor image_ids,
+                    OptionalTensor caption_ids, int64_t row_anchors, int64_t column_anchors, int64_t pair_row,
+                    int64_t pair_column, int64_t pair_count, int64_t similarity, More... more) {
+    return op({images, captions, image_ids, caption_ids, row_anchors, column_anchors, pair_row, pair_column,
+               pair_count, similarity},
+              more...);
+  }
+};
+
+inline void check_embeddings(const Tensor& images, const Tensor& captions) {
+  STD_TORCH_CHECK(images.dim() == 2 && captions.dim() == 2, "images and captions must be [N, D] and [M, D]");
   STD_TORCH_CHECK(images.scalar_type() == captions.scalar_type() && is_beside(captions, images),
                   "images and captions must agree in dtype and device");
-  for (const OptionalTensor* ids : {&image_ids, &caption_ids})
-    STD_TORCH_CHECK(!*ids || ((*ids)->scalar_type() == ScalarType::Long && is_beside(**ids, images)),
-                    "ids must be int64, on the device of the embeddings");
-  const auto count = [](const OptionalTensor& ids) { return ids ? ids->numel() : -1; };
+}
+
+inline void check_batch(const Batch& x) {
+  STD_TORCH_CHECK(x.captions, "captions must be given: there is no kernel for given scores");
+  STD_TORCH_CHECK(x.similarity == 0, "similarity must be 0, the dot product, got ", x.similarity);
+  const Tensor &images = x.images, &captions = *x.captions;
+  check_embeddings(images, captions);
+  const auto count = [&](const char* name, const OptionalTensor& ids) -> int64_t {
+    if (!ids) return -1;
+    STD_TORCH_CHECK(ids->dim() == 1 && ids->scalar_type() == ScalarType::Long && is_beside(*ids, images),
+                    name, " must be one-dimensional and int64, on the device of the embeddings");
+    return ids->numel();
+  };
   const std::string why = mistake({images.size(0), images.size(1), captions.size(0), captions.size(1),
-                                   num_pairs, count(image_ids), count(caption_ids)});
+                                   count("image_ids", x.image_ids), count("caption_ids", x.caption_ids),
+                                   x.row_anchors, x.column_anchors, x.pair_row, x.pair_column, x.pair_count});
   STD_TORCH_CHECK(why.empty(), why);
 }
 
-inline void check_scale(const OptionalTensor& scale, const Tensor& like) {
-  STD_TORCH_CHECK(!scale || (scale->numel() == 1 && is_beside(*scale, like)),
-                  "scale_tensor must hold one number, on the device of the embeddings");
+// An argument that a kernel reads: on the device of `like`, of this type, and so many numbers.
+inline void check_numbers(const char* name, const Tensor& x, const Tensor& like, ScalarType type,
+                          int64_t count) {
+  STD_TORCH_CHECK(is_beside(x, like) && x.scalar_type() == type && x.numel() == count, name, " must hold ",
+                  count, type == ScalarType::Long ? " int64" : " float32",
+                  " numbers, on the device of the embeddings");
 }
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
@@ -95,6 +128,15 @@ auto dispatch_embeddings(const Tensor& x, F&& f) {
 template <typename T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
+}
+
+template <typename T>
+T* data(const OptionalTensor& x) {
+  return x ? data<T>(*x) : nullptr;
+}
+
+inline OptionalTensor contiguous(const OptionalTensor& x) {
+  return x ? OptionalTensor(torch::stable::contiguous(*x)) : x;
 }
 
 }  // namespace fused_vse

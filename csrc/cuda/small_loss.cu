@@ -1,4 +1,5 @@
-// small_loss (ops.h): a whole loss of at most 512 images and captions, and its gradients, in one launch.
+// small_loss (fused_vse/ops.py): a whole loss of at most 512 images and captions, and its gradients, in one
+// launch.
 //
 //   S = I T^t; per anchor its negatives' statistics, loss and weights (small_statistics.h);
 //   d_images = factor (G T - pull T_k), d_captions = factor (G^t I - pull I_k), G_ij from S_ij and the
@@ -17,7 +18,10 @@
 //     float16 only: the largest entry of each of the tile's rows of G, for a gain that keeps it from
 //     underflow for each chunk of 64 (float32: 32) rows of the other side:
 //       G from S into shared memory, rounded to the embeddings' type; multiply by the rows
-//     subtract the positives' part in float32, write float32: scale_gradients.cu rounds
+//     subtract the positives' part in float32, write float32
+//
+// small_loss_backward: each thread multiplies one entry of d_images, then of d_captions, by the upstream
+// gradient, rounds it to the embeddings' type, and moves on by the grid.
 //
 // Everything is summed in an order that the shapes alone decide: the result has the same bits every time.
 //
@@ -29,7 +33,6 @@
 #include <mutex>
 #include <tuple>
 
-#include "../ops.h"
 #include "launch.h"
 #include "small_loss.h"
 
@@ -73,6 +76,27 @@ __global__ void __launch_bounds__(THREADS, 2) small_loss_kernel(const __grid_con
   const bool poisoned = merge_statistics(block, x, block.rank == block.grid - 1);
   for (int job = block.rank; job < x.plan.jobs(); job += block.grid)
     multiply_gradient(block, x, job, poisoned);
+}
+
+template <typename T>
+struct Scaled {
+  const float* from;
+  T* to;
+  int64_t size;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    small_loss_backward_kernel(const float* upstream, Scaled<T> images, Scaled<T> captions,
+                               Scaled<float> scale) {
+  const float factor = *upstream;
+  const int64_t start = int64_t(blockIdx.x) * THREADS + threadIdx.x, step = int64_t(gridDim.x) * THREADS;
+  const auto multiply = [&](const auto& x) {
+    for (int64_t i = start; i < x.size; i += step) x.to[i] = x.from[i] * factor;
+  };
+  multiply(images);
+  multiply(captions);
+  multiply(scale);
 }
 
 cudaLaunchConfig_t launch_config(const Launch& launch, int grid, int cluster,
@@ -121,8 +145,6 @@ const Resident& resident_blocks(const Launch& launch) {
   return devices[launch.device()] = resident;  // only now: nothing of a call that failed stays
 }
 
-const int64_t* ids_of(const std::optional<Tensor>& ids) { return ids ? data<int64_t>(*ids) : nullptr; }
-
 bool is_aligned(const Tensor& x, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.size(1) * element_size % 16 == 0;
 }
@@ -132,20 +154,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
     const OptionalTensor& caption_ids, int64_t num_pairs, int64_t kind, double scale,
     const OptionalTensor& scale_tensor, double margin, double image_weight, double caption_weight, bool mean,
     bool need_images, bool need_captions) {
-  check_batch(images, captions, image_ids, caption_ids, num_pairs);
-  check_scale(scale_tensor, images);
-  STD_TORCH_CHECK(!scale_tensor || scale_tensor->scalar_type() == ScalarType::Float,
-                  "scale_tensor must be float32");
+  check_batch({images, captions, image_ids, caption_ids, num_pairs, num_pairs, 0, 0, num_pairs, 0});
+  if (scale_tensor) check_numbers("scale_tensor", *scale_tensor, images, ScalarType::Float, 1);
   const int64_t n = images.size(0), m = captions.size(0), d = images.size(1);
-  const std::string why = obstacle(n, m, d, kind);
+  const std::string why = obstacle(n, m, d, num_pairs, kind);
   STD_TORCH_CHECK(why.empty(), why);
   return dispatch_embeddings(images, [&](auto zero) {
     using T = decltype(zero);
     const Launch launch(images);
     const Tensor rows = torch::stable::contiguous(images), cols = torch::stable::contiguous(captions);
-    const auto contiguous = [](const OptionalTensor& x) {
-      return x ? OptionalTensor(torch::stable::contiguous(*x)) : x;
-    };
     const OptionalTensor row_ids = contiguous(image_ids), col_ids = contiguous(caption_ids);
     const Resident& resident = resident_blocks<T>(launch);
     int cluster = preferred_cluster(int(std::max(n, m)), int(d), int(sizeof(T)));
@@ -154,28 +171,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
         make_plan(int(n), int(m), int(d), need_images, need_captions, cluster, resident[cluster]);
     const Workspace at = workspace_of(plan, int(n), int(m));
 
-    const auto gradient = [&](bool needed, const Tensor& x) {
-      return needed ? empty_on(x, {x.size(0), d}, ScalarType::Float) : empty_on(x, {0}, ScalarType::Float);
+    const auto floats = [&](std::initializer_list<int64_t> shape) {
+      return empty_on(images, shape, ScalarType::Float);
     };
-    Tensor d_images = gradient(need_images, rows), d_captions = gradient(need_captions, cols);
-    Tensor loss = empty_on(rows, {}, ScalarType::Float), d_scale = empty_on(rows, {}, ScalarType::Float);
-    Tensor positive = empty_on(rows, {num_pairs}, ScalarType::Float);
-    Tensor hardest = empty_on(rows, {2, num_pairs}, ScalarType::Float);
-    Tensor index = empty_on(rows, {2, num_pairs}, ScalarType::Long);
-    const Tensor memory = empty_on(rows, {at.bytes}, ScalarType::Byte);
+    const Tensor d_images = need_images ? floats({n, d}) : floats({0});
+    const Tensor d_captions = need_captions ? floats({m, d}) : floats({0});
+    const Tensor loss = floats({}), d_scale = floats({}), positive = floats({num_pairs});
+    const Tensor score = floats({2 * num_pairs}), index = empty_on(images, {2 * num_pairs}, ScalarType::Long);
+    const Tensor memory = empty_on(images, {at.bytes}, ScalarType::Byte);
     char* workspace = data<char>(memory);
 
     const double largest = std::max(image_weight, caption_weight), unit = largest > 0 ? largest : 1;
     const Problem<T> problem{
         {data<T>(rows), int(n), int(d), is_aligned(rows, sizeof(T))},
         {data<T>(cols), int(m), int(d), is_aligned(cols, sizeof(T))},
-        ids_of(row_ids),
-        ids_of(col_ids),
+        data<int64_t>(row_ids),
+        data<int64_t>(col_ids),
         int(num_pairs),
         Loss(kind),
         float(scale),
         float(margin),
-        scale_tensor ? data<float>(*scale_tensor) : nullptr,
+        data<float>(scale_tensor),
         {float(image_weight / unit), float(caption_weight / unit)},
         float(mean ? unit / double(num_pairs) : unit),
         plan,
@@ -183,26 +199,61 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
         reinterpret_cast<Statistic*>(workspace + at.of_rows),
         reinterpret_cast<Statistic*>(workspace + at.of_columns),
         reinterpret_cast<int*>(workspace + at.not_finite),
-        need_images ? data<float>(d_images) : nullptr,
-        need_captions ? data<float>(d_captions) : nullptr,
+        data<float>(d_images),
+        data<float>(d_captions),
         data<float>(loss),
         data<float>(d_scale),
         data<float>(positive),
-        data<float>(hardest),
+        data<float>(score),
         data<int64_t>(index),
     };
     cudaLaunchAttribute attributes[2];
     const cudaLaunchConfig_t config = launch_config(launch, plan.grid, cluster, attributes);
     check_cuda(cudaLaunchKernelEx(&config, small_loss_kernel<T>, problem));
+    return std::make_tuple(loss, positive, score, index, d_scale, d_images, d_captions);
+  });
+}
+
+// Of what small_loss left, the kernel takes the unit gradients alone: saved_one and saved_two.
+std::tuple<Tensor, Tensor, Tensor> small_loss_backward(const Tensor& images, const Tensor& captions,
+                                                       const Tensor&, const Tensor& d_scale,
+                                                       const Tensor& saved_one, const Tensor& saved_two,
+                                                       const Tensor& upstream, bool need_images,
+                                                       bool need_captions) {
+  check_embeddings(images, captions);
+  check_numbers("upstream", upstream, images, ScalarType::Float, 1);
+  check_numbers("d_scale", d_scale, images, ScalarType::Float, 1);
+  if (need_images) check_numbers("saved_one", saved_one, images, ScalarType::Float, images.numel());
+  if (need_captions) check_numbers("saved_two", saved_two, images, ScalarType::Float, captions.numel());
+  return dispatch_embeddings(images, [&](auto zero) {
+    using T = decltype(zero);
+    const Launch launch(images);
+    // small_loss made them contiguous, but a compiler may have come between.
+    const Tensor d_images = torch::stable::contiguous(saved_one);
+    const Tensor d_captions = torch::stable::contiguous(saved_two);
+    const auto result = [](const Tensor& x, bool needed) {
+      return needed ? empty_on(x, {x.size(0), x.size(1)}, x.scalar_type())
+                    : empty_on(x, {0}, x.scalar_type());
+    };
+    const Tensor to_images = result(images, need_images), to_captions = result(captions, need_captions);
+    const Tensor to_scale = torch::stable::empty_like(d_scale);
+    const int64_t most = std::max({to_images.numel(), to_captions.numel(), int64_t{1}});
+    constexpr int64_t MAX_BLOCKS = 1024;
+    const int64_t blocks = std::min((most + THREADS - 1) / THREADS, MAX_BLOCKS);
+    small_loss_backward_kernel<T><<<unsigned(blocks), THREADS, 0, launch.stream()>>>(
+        data<float>(upstream), Scaled<T>{data<float>(d_images), data<T>(to_images), to_images.numel()},
+        Scaled<T>{data<float>(d_captions), data<T>(to_captions), to_captions.numel()},
+        Scaled<float>{data<float>(d_scale), data<float>(to_scale), 1});
     check_launch();
-    return std::make_tuple(loss, d_images, d_captions, d_scale, positive, hardest, index);
+    return std::make_tuple(to_images, to_captions, to_scale);
   });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_vse_cuda, m) { m.def(SMALL_LOSS_SCHEMA); }
-
-STABLE_TORCH_LIBRARY_IMPL(fused_vse_cuda, CUDA, m) { m.impl("small_loss", TORCH_BOX(&small_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_vse_cuda, CUDA, m) {
+  m.impl("small_loss", TORCH_BOX(&small_loss));
+  m.impl("small_loss_backward", TORCH_BOX(&small_loss_backward));
+}
 
 }  // namespace fused_vse

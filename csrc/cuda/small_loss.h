@@ -33,7 +33,7 @@ struct Problem {
   int k;
   Loss kind;
   float scale, margin;
-  const float* scale_tensor;  // [], or null for 1
+  const float* scale_tensor;  // [] in place of scale, or null
   float direction_weight[2];  // the larger one is 1; the rest of it is in `reduction`
   float reduction;            // factor of the sum over the anchors
   Plan plan;
@@ -42,10 +42,10 @@ struct Problem {
   int* not_finite;                  // [tiles, cluster]
   float *d_images, *d_captions;     // [N, D], [M, D]; null if not needed
   float *loss, *d_scale;            // []
-  float *positive, *hardest;        // [K], [2, K]
-  int64_t* index;                   // [2, K]
+  float *positive, *hardest;        // [K], [2 K]
+  int64_t* index;                   // [2 K]
 
-  SIMT float alpha() const { return scale_tensor ? scale * *scale_tensor : scale; }
+  SIMT float alpha() const { return scale_tensor ? *scale_tensor : scale; }
   SIMT float weight_of(int side) const { return side ? direction_weight[1] : direction_weight[0]; }
   SIMT int64_t id(int side, int i) const {
     const int64_t* ids = side ? caption_ids : image_ids;
@@ -237,7 +237,7 @@ SIMT bool merge_statistics(const Block<Shared>& block, const Problem<T>& x, bool
   for_each_thread([&](int thread) {
     if (thread == 0) {
       *x.loss = poisoned ? NOT_A_NUMBER : shared.loss[0] * x.reduction;
-      *x.d_scale = poisoned ? NOT_A_NUMBER : shared.d_alpha[0] * x.reduction * x.scale;
+      *x.d_scale = poisoned ? NOT_A_NUMBER : shared.d_alpha[0] * x.reduction;
     }
     // Over what the same thread wrote above.
 #pragma unroll 1

@@ -23,11 +23,12 @@ constexpr int PER_THREAD = TILE * TILE / THREADS;
 enum Loss : int { ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM };
 
 // Why the kernel does not take a batch, or "".
-inline std::string obstacle(int64_t n, int64_t m, int64_t d, int64_t kind) {
+inline std::string obstacle(int64_t n, int64_t m, int64_t d, int64_t num_pairs, int64_t kind) {
   const auto text = [](int64_t number) { return std::to_string(number); };
   if (n > MAX_ROWS || m > MAX_ROWS || d > MAX_DIM)
     return "small_loss takes at most " + text(MAX_ROWS) + " images and captions of at most " + text(MAX_DIM) +
            " dimensions, got " + text(n) + ", " + text(m) + " and " + text(d);
+  if (num_pairs < 1) return "num_pairs must be at least 1, got " + text(num_pairs);
   if (kind < ALL_NEGATIVES || kind > HINGE_SUM) return "unknown kind of loss: " + text(kind);
   return "";
 }

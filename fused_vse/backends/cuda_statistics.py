@@ -1,4 +1,4 @@
-"""The statistics' ops of csrc/ops.h under torch.ops.fused_vse_cuda.
+"""The statistics' ops under torch.ops.fused_vse_cuda.
 
 Forward, 16-bit embeddings on Hopper go to the kernels of csrc/cuda/hopper_*; what those do not take (see
 csrc/cuda/hopper_plan.h) goes to the Triton backend. Backward is the Triton backend's: a gather and a
@@ -6,66 +6,42 @@ scatter for the hardest negatives, and otherwise two library GEMMs of four besid
 a kernel of our own could save a part of one GEMM only. Triton comes with every CUDA build of torch on Linux.
 """
 
+import functools
+
 import torch
 
-from .fakes import MAX_SAVED_SCORES, register_statistic_fakes
-from .triton import ops as triton_ops
+from .. import ops
 
-NAMESPACE = "fused_vse_cuda"
-
-
-def _native():
-    return torch.ops.fused_vse_cuda
+HOPPER = ("hardest_negatives", "negative_logsumexp", "hinge_sum")
+OPS = ("positive_scores", *HOPPER, *(f"{name}_backward" for name in HOPPER))
 
 
-def _triton():
-    return torch.ops.fused_vse_triton
+def _op(name: str, *arguments):
+    if name in HOPPER:
+        width = len(ops.Batch._fields)
+        batch, ceiling, options = (
+            ops.Batch(*arguments[:width]),
+            arguments[width],
+            arguments[width + 1 :],
+        )
+        if ceiling is None and _takes(batch, save_scores=bool(options) and options[-1]):
+            options = (*options[:-1], False) if options else ()
+            hopper = getattr(torch.ops.fused_vse_cuda, f"hopper_{name}").default
+            return hopper(*batch, ceiling, *options)
+    return getattr(torch.ops.fused_vse_triton, name).default(*arguments)
 
 
-def _saves_scores(images, captions, save_scores: bool) -> bool:
-    return save_scores and images.shape[0] * captions.shape[0] <= MAX_SAVED_SCORES
+def _takes(batch: ops.Batch, save_scores: bool) -> bool:
+    if batch.captions is None or batch.similarity != ops.DOT:
+        return False
+    saves = save_scores and len(batch.images) * len(batch.captions) <= ops.MAX_SAVED_SCORES
+    return not saves and torch.ops.fused_vse_cuda.hopper_takes(batch.images, batch.captions)
 
 
-def hardest_negatives(images, captions, image_ids, caption_ids, num_pairs):
-    arguments = images, captions, image_ids, caption_ids, num_pairs
-    if _native().hopper_takes(images, captions):
-        return _native().hopper_hardest_negatives(*arguments)
-    return _triton().hardest_negatives(*arguments)
-
-
-def negative_logsumexp(
-    images, captions, image_ids, caption_ids, num_pairs, scale, scale_tensor, save_scores
-):
-    arguments = images, captions, image_ids, caption_ids, num_pairs, scale, scale_tensor
-    if not _saves_scores(images, captions, save_scores) and _native().hopper_takes(
-        images, captions
-    ):
-        no_scores = images.new_empty(0, dtype=torch.float32)
-        return *_native().hopper_negative_logsumexp(*arguments), no_scores
-    return _triton().negative_logsumexp(*arguments, save_scores)
-
-
-def hinge_sum(images, captions, image_ids, caption_ids, num_pairs, margin, save_scores):
-    arguments = images, captions, image_ids, caption_ids, num_pairs, margin
-    if not _saves_scores(images, captions, save_scores) and _native().hopper_takes(
-        images, captions
-    ):
-        no_scores = images.new_empty(0, dtype=torch.float32)
-        return *_native().hopper_hinge_sum(*arguments), no_scores
-    return _triton().hinge_sum(*arguments, save_scores)
-
-
-_FORWARD = (hardest_negatives, negative_logsumexp, hinge_sum)
-
-
-def register() -> torch.library.Library:
-    """Defines the six ops; the returned library must be kept alive."""
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    forward = {op.__name__: op for op in _FORWARD}
-    for schema in triton_ops.STATISTICS:
-        name = schema.partition("(")[0]
-        library.define(schema)
-        op = forward.get(name) or getattr(_triton(), name)
-        library.impl(name, op, "CUDA")
-    register_statistic_fakes(NAMESPACE)
-    return library
+def register(library: torch.library.Library) -> torch.library.Library:
+    """Implements the ops in `library`; the returned one, of the Hopper kernels, must be kept alive."""
+    for name in OPS:
+        library.impl(name, functools.partial(_op, name), "CUDA")
+    hopper = ops.define("cuda", HOPPER, prefix="hopper_")
+    hopper.define("hopper_takes(Tensor images, Tensor captions) -> bool")
+    return hopper

@@ -9,9 +9,10 @@ import numbers
 
 from torch import Tensor, distributed, nn
 
-from ..arguments import accumulation_dtype, check_temperature, describe
+from ..arguments import check_temperature, describe
 from ..distributed import gather_rows
 from ..losses import all_negatives_loss
+from ..ops import accumulation_dtype
 from ._checks import check_pairs
 
 try:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_batch, check_temperature
-from ..statistics import NegativeLogsumexp, logsumexp_statistic, prepare
+from ..statistics import logsumexp_statistic
 
 try:
     from sentence_transformers import losses
@@ -41,32 +41,46 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         columns = len(embeddings) - 1
 
         both = self._statistic(queries, documents, own)
-        # In float64, as the sums are: the terms below nearly cancel.
-        positive = both.positive_scores.double() * self.scale
-        # Every term is log Σ exp over one direction's candidates; two of them hold the positive, too.
+        pairs = both[0]
+        # Every term is log Σ exp over one direction's candidates, less the positive's logit, which nearly
+        # cancels; the candidates of two of them hold the positive, too.
+        zero = torch.zeros((), dtype=torch.float64, device=pairs.device)
         logits = {
-            "query_to_doc": torch.logaddexp(both.logsumexp[0], positive),
-            "doc_to_query": torch.logaddexp(both.logsumexp[1], positive),
+            "query_to_doc": torch.logaddexp(self._relative(pairs, both, 0), zero),
+            "doc_to_query": torch.logaddexp(self._relative(pairs, both, 1), zero),
         }
         if "query_to_query" in self.directions:
-            logits["query_to_query"] = self._statistic(queries, queries, own).logsumexp[0]
+            logits["query_to_query"] = self._relative(
+                pairs, self._statistic(queries, queries, own), 0
+            )
         if "doc_to_doc" in self.directions:
             query = torch.arange(queries.shape[0], device=queries.device)
-            logits["doc_to_doc"] = self._statistic(
-                embeddings[1], documents, own, image_ids=query, caption_ids=query.repeat(columns)
-            ).logsumexp[0]
+            ids = query, query.repeat(columns)
+            logits["doc_to_doc"] = self._relative(
+                pairs, self._statistic(embeddings[1], documents, own, *ids), 0
+            )
 
         terms = torch.stack([logits[direction] for direction in self.directions])
         normalizer = terms.logsumexp(0) if self.partition_mode == "joint" else terms.mean(0)
-        return (normalizer - positive).mean().to(both.positive_scores.dtype)
+        return normalizer.mean().to(pairs.dtype)
 
     def _statistic(
-        self, rows: Tensor, columns: Tensor, own: int, **ids: Tensor
-    ) -> NegativeLogsumexp:
-        batch = check_batch(rows, columns, num_pairs=own, **ids)
-        batch, backend = prepare(batch, self.similarity_fct is cos_sim, "dot", "auto")
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        own: int,
+        row_ids: Tensor | None = None,
+        column_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        normalize = self.similarity_fct is cos_sim
+        batch = check_batch(rows, columns, None, row_ids, column_ids, own, "dot", normalize)
         scale = check_temperature(self.scale, torch.device("cpu"), "scale")
-        return logsumexp_statistic(batch, float(scale), backend)
+        return logsumexp_statistic(batch, float(scale), "auto")
+
+    def _relative(self, pairs: Tensor, statistic: tuple, direction: int) -> Tensor:
+        """log Σ exp(scale (s - p)) over the negatives [K], with p of `pairs`."""
+        _, reference, log_sum = (x if x.dim() == 1 else x[direction] for x in statistic)
+        return self.scale * (reference - pairs) + log_sum
 
 
 def _own_first(column: Tensor, own: int) -> Tensor:

@@ -33,24 +33,7 @@ if triton is not None:
 else:
     DEVICE = "cuda"
 
-FAMILIES = ("dot", "order", "scores")
-INSTALLED = triton is not None
-
-__all__ = [
-    "DEVICE",
-    "FAMILIES",
-    "INSTALLED",
-    "UNAVAILABLE",
-    "set_workspace_bytes",
-    "workspace_bytes",
-]
-
-
-def __getattr__(name: str):
-    # Late, because looking at the GPU initialises CUDA, which an import must not do.
-    if name == "UNAVAILABLE":
-        return unavailable()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["DEVICE", "set_workspace_bytes", "workspace_bytes"]
 
 
 @functools.cache
@@ -75,16 +58,12 @@ def unavailable() -> str | None:
 
 
 def takes(op: str, batch: Batch) -> str | None:
-    """Why it does not take this batch, or None."""
-    if op not in NAMES:
-        return f"it has no {op}"
-    if batch.images.device.type != DEVICE:
-        return f"it takes {DEVICE} tensors, got tensors on {batch.images.device}"
-    return None
+    """None, or what follows the backend's name in a sentence that says why it does not compute `op`."""
+    return None if op in NAMES else f"has no {op}"
 
 
 def prefers(op: str, batch: Batch) -> bool:
-    """Whether "auto" takes it where `takes` has nothing against it."""
+    """Whether "auto" is to take it: wherever it can."""
     return True
 
 
