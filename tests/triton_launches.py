@@ -141,7 +141,7 @@ def run_every_op(batch: Batch, dtype: torch.dtype, n: int, m: int, k: int, d: in
         for save in (True, False):
             *lse, scores = forward.negative_logsumexp(inputs, ceiling, *scale, save)
             backward.negative_logsumexp_backward(
-                inputs, ceiling, *scale, *lse, scores, *upstream, *needs
+                inputs, ceiling, *scale, *lse, scores, upstream[0], lse[1], *needs
             )
             total, _, scores = forward.hinge_sum(inputs, ceiling, threshold, save)
             backward.hinge_sum_backward(

@@ -15,8 +15,7 @@ EMPTY = (-float("inf"), NO_INDEX.value)
 @triton.jit
 def argmax_tile(acc, tile, terms, AXIS: tl.constexpr):
     """Maximum along AXIS and the smallest candidate that attains it."""
-    acc = below_ceiling(acc, tile, terms.ceiling, AXIS)
-    best = tl.max(acc, AXIS)
+    best = tl.max(below_ceiling(acc, tile, terms.ceiling, AXIS), AXIS)
     winners = acc == tl.expand_dims(best, AXIS)
     offs = tl.expand_dims(candidates(acc, tile, AXIS), 1 - AXIS)
     return best, tl.min(tl.where(winners, offs, NO_INDEX), AXIS)

@@ -62,9 +62,12 @@ def finite(reference):
 @triton.jit
 def sum_exp2(acc, tile, terms, c, AXIS: tl.constexpr):
     """r = max s and sum exp2(c (s - r)) along AXIS; -inf and 0 where every entry is -inf."""
-    acc = below_ceiling(acc, tile, terms.ceiling, AXIS)
-    largest = tl.max(acc, AXIS)
-    return largest, tl.sum(tl.exp2((acc - tl.expand_dims(finite(largest), AXIS)) * c), AXIS)
+    largest = tl.max(below_ceiling(acc, tile, terms.ceiling, AXIS), AXIS)
+    exps = tl.exp2((acc - tl.expand_dims(finite(largest), AXIS)) * c)
+    if terms.ceiling is not None:
+        # The others are above the largest. Not by the ceiling: for a second tile there are no registers.
+        exps = tl.where(acc <= tl.expand_dims(largest, AXIS), exps, 0.0)
+    return largest, tl.sum(exps, AXIS)
 
 
 @triton.jit
@@ -124,7 +127,8 @@ def weights(scores, tile, terms, constants, AXIS: tl.constexpr):
     # exp2(-inf) = 0 for what is no anchor, or has no negatives.
     log_sum = tl.load(terms.log_sum + offs, mask=mask, other=float("inf"))
     log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum).to(c.dtype) * LOG2_E
-    g = tl.load(terms.upstream + offs, mask=mask, other=0.0) * (c * LN_2)
+    # Of float64, as log_sum is.
+    g = tl.load(terms.upstream + offs, mask=mask, other=0.0).to(c.dtype) * (c * LN_2)
     excess = scores - tl.expand_dims(reference, AXIS)
     exps = tl.exp2(excess * c - tl.expand_dims(log_sum, AXIS)) * tl.expand_dims(g, AXIS)
     return exps, exps * tl.maximum(excess, LEAST_EXCESS)
