@@ -2,8 +2,8 @@
 configuration that configs.py chooses for any size, in every dtype.
 
 The tensors are on the meta device. Between batches, sizes and options vary together: "plain" ones are
-multiples of 16, without ids and without a scale tensor, contiguous; "full" ones are ragged, with both,
-and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same. Left
+multiples of 16, without ids, ceilings and a scale tensor, contiguous; "full" ones are ragged, with all of
+them, and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same. Left
 out are crossings of these: ids without a scale tensor, one pair among thousands of rows, and the like.
 """
 
@@ -80,8 +80,8 @@ def noted(batch: Batch) -> Noted:
     choose, launch_walk = configs.tiles_for, plan.Plan.launch
     chosen = set()
 
-    def tiles_for(kind, rows, columns, device):
-        tiles = choose(kind, rows, columns, device)
+    def tiles_for(kind, rows, columns, device, *crowded):
+        tiles = choose(kind, rows, columns, device, *crowded)
         chosen.add((kind, batch.capability, tiles))
         return tiles
 
@@ -136,7 +136,9 @@ def run_every_op(batch: Batch, dtype: torch.dtype, n: int, m: int, k: int, d: in
     vector, threshold = zeros(2 * k, dtype=wide), zeros(2 * k, dtype=wide)
     upstream, needs = (zeros(k, dtype=wide), vector), (True, True, False)
     forward.positive_scores(inputs)
-    for ceiling in {None, vector} if batch.full else {None}:
+    # Where registers are scarce, ids without ceilings, too: they may have other tiles.
+    ceilings = [vector] * batch.full + [None] * (not batch.full or batch.size == "large")
+    for ceiling in ceilings:
         forward.hardest_negatives(inputs, ceiling)
         for save in (True, False):
             *lse, scores = forward.negative_logsumexp(inputs, ceiling, *scale, save)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .hardest import EMPTY, argmax_tile, better_of, constants, finish
-from .tiles import NO_INDEX, candidates, is_poisoned, load_bound
+from .tiles import NO_INDEX, candidates, is_poisoned, leave, load_bound
 
 __all__ = ["EMPTY", "constants", "partials", "rescore_kernel"]
 # Rounding errors are bounded in units of 2^-22, two units in the last place of float32.
@@ -27,20 +27,18 @@ UNDERFLOW = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def partials(acc, tile, terms, constants):
-    """Those of hardest.py, and the second largest score."""
-    best, index = argmax_tile(acc, tile, terms, 1)
-    second = runner_up(acc, tile, index, 1)
-    column_best, column_index = argmax_tile(acc, tile, terms, 0)
-    column_second = runner_up(acc, tile, column_index, 0)
-    return (best, index, second), (column_best, column_index, column_second)
+def partials(acc, tile, terms, constants, out):
+    search_tile(acc, tile, terms, out, 1)
+    search_tile(acc, tile, terms, out, 0)
 
 
 @triton.jit
-def runner_up(acc, tile, index, AXIS: tl.constexpr):
-    """Maximum along AXIS without the entry at `index`."""
+def search_tile(acc, tile, terms, out, AXIS: tl.constexpr):
+    """Leaves what hardest.py does, and the second largest score."""
+    best, index = argmax_tile(acc, tile, terms, AXIS)
     offs = tl.expand_dims(candidates(acc, tile, AXIS), 1 - AXIS)
-    return tl.max(tl.where(offs == tl.expand_dims(index, AXIS), -float("inf"), acc), AXIS)
+    rest = tl.where(offs == tl.expand_dims(index, AXIS), -float("inf"), acc)
+    leave(out, acc, tile, AXIS, best, index, tl.max(rest, AXIS))
 
 
 @triton.jit

@@ -92,9 +92,15 @@ MAX_RESCORED_PER_ANCHOR = 32
 RESCORE = {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4}
 
 
-def tiles_for(kind: str, num_rows: int, num_columns: int, device: Device) -> Tiles:
-    """`kind`: "bf16" for 16-bit operands, "tf32", "exact"; "stored", "given", "none"; "order",
-    "order_float64"."""
+def tiles_for(
+    kind: str, num_rows: int, num_columns: int, device: Device, crowded: bool = False
+) -> Tiles:
+    """
+    Args:
+        kind: "bf16" for 16-bit operands, "tf32", "exact"; "stored", "given", "none"; "order",
+            "order_float64".
+        crowded: two vectors belong to each side of a tile, for which LARGE has no registers left.
+    """
     if device.interpreted:
         # The order similarity goes through a block of D one by one, zeros at its end included.
         return INTERPRETER._replace(block_k=8) if kind.startswith("order") else INTERPRETER
@@ -114,8 +120,8 @@ def tiles_for(kind: str, num_rows: int, num_columns: int, device: Device) -> Til
         "bf16": (LARGE, LARGE_TMA, MEDIUM, SMALL),
         "tf32": (LARGE_TF32, LARGE_TF32_TMA, MEDIUM_TF32, SMALL_TF32),
     }[kind]
-    # Up to MAX_SAVED_SCORES the kernels may have scores to save, for which LARGE has no registers left.
-    if num_rows * num_columns > MAX_SAVED_SCORES:
+    # Up to MAX_SAVED_SCORES the kernels may have scores to save, for which there are none either.
+    if num_rows * num_columns > MAX_SAVED_SCORES and not crowded:
         return large_tma if device.capability >= 9 else large
     if num_rows * num_columns >= device.multiprocessors * medium.block_m * medium.block_n:
         return medium

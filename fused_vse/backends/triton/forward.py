@@ -19,8 +19,8 @@ from .plan import (
     unit_stride,
     with_operands,
 )
-from .tiles import Bounds, Piece, Terms
-from .walk import NO_GUARD, Guard, Partials, merge_kernel, walk_kernel
+from .tiles import Bounds, Partials, Piece, Terms
+from .walk import NO_GUARD, Guard, merge_kernel, walk_kernel
 
 
 def positive_scores(batch: Batch) -> Tensor:
@@ -72,7 +72,8 @@ def negative_logsumexp(batch, ceiling, scale, scale_tensor, save_scores):
 
 def hinge_sum(batch, ceiling, threshold, save_scores):
     check(batch, ceiling=ceiling, threshold=threshold)
-    walk, terms = plan(batch), terms_of(ceiling=ceiling, threshold=threshold)
+    walk = plan(batch, crowded=ceiling is not None)
+    terms = terms_of(ceiling=ceiling, threshold=threshold)
     results = walk.new(walk.num_anchors), walk.new(walk.num_anchors, dtype=torch.int64)
     kept = _kept(walk, save_scores)
     _statistic(hinge, walk, terms, survey(walk)[0], results, kept)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .order import over_distance, pull
-from .tiles import NO_INDEX, anchors, below_ceiling, candidates, nothing, poison
+from .tiles import NO_INDEX, anchors, below_ceiling, candidates, leave, nothing, poison
 
 constants = nothing
 EMPTY = (-float("inf"), NO_INDEX.value)
@@ -22,8 +22,11 @@ def argmax_tile(acc, tile, terms, AXIS: tl.constexpr):
 
 
 @triton.jit
-def partials(acc, tile, terms, constants):
-    return argmax_tile(acc, tile, terms, 1), argmax_tile(acc, tile, terms, 0)
+def partials(acc, tile, terms, constants, out):
+    best, index = argmax_tile(acc, tile, terms, 1)
+    leave(out, acc, tile, 1, best, index)
+    best, index = argmax_tile(acc, tile, terms, 0)
+    leave(out, acc, tile, 0, best, index)
 
 
 @triton.jit

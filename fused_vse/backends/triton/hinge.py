@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import anchors, below_ceiling, nothing
+from .tiles import anchors, below_ceiling, leave, nothing
 
 constants = nothing
 EMPTY = (0.0, 0)
@@ -15,20 +15,23 @@ def add_both(total, active, other_total, other_active):
 
 
 @triton.jit
-def hinge_tile(acc, tile, terms, AXIS: tl.constexpr):
-    """Sum of [s - threshold]+ along AXIS, and how many are above 0."""
+def hinge_tile(acc, tile, terms, out, AXIS: tl.constexpr):
+    """Leaves the sum of [s - threshold]+ along AXIS, and how many are above 0."""
     acc = below_ceiling(acc, tile, terms.ceiling, AXIS)
     offs, mask = anchors(acc, tile, AXIS)
     threshold = tl.load(terms.threshold + offs, mask=mask, other=0.0)
     excess = acc - tl.expand_dims(threshold, AXIS)
     active = excess > 0
     # One reduction of both: two would need the tile twice, for which there are no registers.
-    return tl.reduce((tl.where(active, excess, 0.0), active.to(tl.int32)), AXIS, add_both)
+    hinges = tl.where(active, excess, 0.0), active.to(tl.int32)
+    total, count = tl.reduce(hinges, AXIS, add_both)
+    leave(out, acc, tile, AXIS, total, count)
 
 
 @triton.jit
-def partials(acc, tile, terms, constants):
-    return hinge_tile(acc, tile, terms, 1), hinge_tile(acc, tile, terms, 0)
+def partials(acc, tile, terms, constants, out):
+    hinge_tile(acc, tile, terms, out, 1)
+    hinge_tile(acc, tile, terms, out, 0)
 
 
 @triton.jit

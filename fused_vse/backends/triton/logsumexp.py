@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import anchors, below_ceiling, load_bound
+from .tiles import anchors, below_ceiling, leave, load_bound
 
 EMPTY = (-float("inf"), 0.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -71,7 +71,7 @@ def sum_exp2(acc, tile, terms, c, AXIS: tl.constexpr):
 
 
 @triton.jit
-def partials(acc, tile, terms, constants):
+def partials(acc, tile, terms, constants, out):
     """(r, sum exp2(c (s - r))) of the tile's rows and columns; (0, sum exp2(c s - shift)) with one exp."""
     c = constants.c.to(acc.dtype)
     if constants.one_exp:
@@ -83,7 +83,8 @@ def partials(acc, tile, terms, constants):
     else:
         row_max, row_sum = sum_exp2(acc, tile, terms, c, 1)
         column_max, column_sum = sum_exp2(acc, tile, terms, c, 0)
-    return (row_max, row_sum), (column_max, column_sum)
+    leave(out, acc, tile, 1, row_max, row_sum)
+    leave(out, acc, tile, 0, column_max, column_sum)
 
 
 @triton.jit

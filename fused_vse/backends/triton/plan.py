@@ -159,9 +159,13 @@ class Plan(NamedTuple):
                 yield piece, None
 
 
-def plan(batch: Batch, kind: str | None = None) -> Plan:
-    """`kind`: of the tiles, where it is not to be chosen: "stored", if S is at hand from the forward pass,
-    or "none", if it is not needed."""
+def plan(batch: Batch, kind: str | None = None, crowded: bool = False) -> Plan:
+    """
+    Args:
+        kind: of the tiles, where it is not to be chosen: "stored", if S is at hand from the forward pass, or
+            "none", if it is not needed.
+        crowded: see configs.tiles_for.
+    """
     batch = batch._replace(
         images=batch.images.detach(),
         captions=None if batch.captions is None else batch.captions.detach(),
@@ -177,7 +181,7 @@ def plan(batch: Batch, kind: str | None = None) -> Plan:
         source, kind = _source(batch)
     num_columns = batch.images.shape[1] if batch.captions is None else len(batch.captions)
     tiles = configs.tiles_for(
-        kind, len(batch.images), num_columns, device_of(batch.images.device)
+        kind, len(batch.images), num_columns, device_of(batch.images.device), crowded
     )
     return with_operands(Plan(batch, batch[:2], tiles, source))
 

@@ -78,6 +78,17 @@ class Terms(NamedTuple):
     upstream: Any = None  # the derivatives by the statistic
 
 
+class Partials(NamedTuple):
+    """Results of tiles, [slots, anchors]: of the piece's rows with a slot for each tile of columns, then of
+    the column anchors with a slot for each tile of rows, after slot 0 that carries over from the piece before.
+    """
+
+    first: Any
+    second: Any
+    third: Any  # for the certified search, else None
+    column_base: int  # where those of the columns begin
+
+
 class Tile(NamedTuple):
     """Made in the kernels: where a tile lies, and in what."""
 
@@ -233,6 +244,17 @@ def negative_scores(acc, tile, ids):
 
 
 @triton.jit
+def column_halves(acc, tile):
+    """acc[:, : block_n // 2], acc[:, block_n // 2 :] and the tile that the latter is.
+
+    The vectors that belong to the columns of one half are half as many registers, so that nothing spills.
+    """
+    HALF: tl.constexpr = acc.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+    return left, right, Tile(tile.row, tile.column + HALF, tile.piece)
+
+
+@triton.jit
 def anchors(acc, tile, AXIS: tl.constexpr):
     """Positions in [R + C] of the anchors whose candidates lie along AXIS, and which of them there are."""
     if AXIS == 1:
@@ -260,6 +282,27 @@ def below_ceiling(acc, tile, ceiling, AXIS: tl.constexpr):
         limit = tl.load(ceiling + offs, mask=mask, other=float("inf"))
         acc = tl.where(acc <= tl.expand_dims(limit, AXIS), acc, -float("inf"))
     return acc
+
+
+@triton.jit
+def leave(out, acc, tile, AXIS: tl.constexpr, first, second, third=None):
+    """Stores the results of the anchors along AXIS among the partial ones."""
+    row, column, piece = tile
+    if AXIS == 1:
+        num_rows = piece.row_stop - piece.row_start
+        base = (column // acc.shape[1]).to(tl.int64) * num_rows
+        offs = row - piece.row_start + tl.arange(0, acc.shape[0])
+        mask = offs < tl.minimum(num_rows, piece.row_anchors - piece.row_start)
+    else:
+        slot = (row - piece.row_start) // acc.shape[0] + 1
+        base = out.column_base + slot.to(tl.int64) * piece.column_anchors
+        offs = column + tl.arange(0, acc.shape[1])
+        mask = offs < piece.column_anchors
+    # Not base + offs first, which takes twice the registers.
+    tl.store(out.first + base + offs, first, mask=mask)
+    tl.store(out.second + base + offs, second, mask=mask)
+    if third is not None:
+        tl.store(out.third + base + offs, third, mask=mask)
 
 
 @triton.jit

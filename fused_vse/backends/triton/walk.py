@@ -3,7 +3,7 @@
 A statistic is a module of functions that these kernels call (hardest.py, logsumexp.py, hinge.py):
 
     constants(terms, bounds)              what is the same for all tiles
-    partials(acc, tile, terms, constants)     two results for each row and column of a tile
+    partials(acc, tile, terms, constants, out)    leaves two results for each row and column of a tile
     EMPTY, merge(..)                      the two results of no tile, and of several
     finish(..)                            from them to what the op returns
     weights(scores, tile, terms, constants)   the gradient of a tile
@@ -18,6 +18,7 @@ from .order import over_distance
 from .tiles import (
     Tile,
     below_ceiling,
+    column_halves,
     crosses_pairs,
     is_poisoned,
     leave_bound,
@@ -28,17 +29,6 @@ from .tiles import (
     score_tile,
     tile_position,
 )
-
-
-class Partials(NamedTuple):
-    """Results of tiles, [slots, anchors]: of the piece's rows with a slot for each tile of columns, then of
-    the column anchors with a slot for each tile of rows, after slot 0 that carries over from the piece before.
-    """
-
-    first: Any
-    second: Any
-    third: Any  # for the certified search, else None
-    column_base: int  # where those of the columns begin
 
 
 class Guard(NamedTuple):
@@ -66,8 +56,7 @@ def walk_kernel(
         if tl.load(guard.work) <= guard.limit:
             return
     constants = CONSTANTS(terms, bounds, SOURCE)
-    num_rows = piece.row_stop - piece.row_start
-    row_tiles = tl.cdiv(num_rows, TILES.block_m)
+    row_tiles = tl.cdiv(piece.row_stop - piece.row_start, TILES.block_m)
     column_tiles = tl.cdiv(piece.num_columns, TILES.block_n)
     if SOURCE == "given":
         magnitudes = tl.zeros((TILES.block_m, TILES.block_n), bounds.pointer.dtype.element_ty)
@@ -75,32 +64,15 @@ def walk_kernel(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
         row_tile, column_tile = tile_position(number, row_tiles, column_tiles, TILES.group)
-        row = row_tile * TILES.block_m
-        column = column_tile * TILES.block_n
-        tile = Tile(piece.row_start + row, column, piece)
+        tile = Tile(
+            piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece
+        )
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
         if SOURCE == "given":
             magnitudes = tl.maximum(magnitudes, magnitude_bits(acc))
-        acc = negative_scores(acc, tile, ids)
-        of_rows, of_columns = PARTIALS(acc, tile, terms, constants)
-
-        offs_m = row + tl.arange(0, TILES.block_m)
-        mask = (offs_m < num_rows) & (piece.row_start + offs_m < piece.row_anchors)
-        base = column_tile.to(tl.int64) * num_rows
-        leave(partials, base + offs_m, mask, of_rows)
-        offs_n = column + tl.arange(0, TILES.block_n)
-        base = partials.column_base + (row_tile + 1).to(tl.int64) * piece.column_anchors
-        leave(partials, base + offs_n, offs_n < piece.column_anchors, of_columns)
+        PARTIALS(negative_scores(acc, tile, ids), tile, terms, constants, partials)
     if SOURCE == "given":
         leave_bound(bounds, magnitudes)
-
-
-@triton.jit
-def leave(partials, offs, mask, values):
-    tl.store(partials.first + offs, values[0], mask=mask)
-    tl.store(partials.second + offs, values[1], mask=mask)
-    if partials.third is not None:
-        tl.store(partials.third + offs, values[2], mask=mask)
 
 
 # The results of each anchor over all tiles, in ascending order of blocks. Program (b, 0) takes row anchors,
@@ -200,22 +172,15 @@ def gradient_tile(
     acc, tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
     WEIGHTS: tl.constexpr, ORDER: tl.constexpr, NEED_SCALE: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradient of a tile and returns its share of d_scale.
-
-    One half of the columns at a time: the vectors that belong to its columns are then half as many
-    registers, and nothing spills.
-    """
+    """Stores the gradient of a tile, half of the columns at a time, and returns its share of d_scale."""
     if HALVINGS > 0:
-        HALF: tl.constexpr = acc.shape[1] // 2
-        pair = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
-        left, right = tl.split(pair)
+        left, right, right_tile = column_halves(acc, tile)
         share = gradient_tile(
             left, tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
             WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1,
         )  # fmt: skip
         share += gradient_tile(
-            right, Tile(tile.row, tile.column + HALF, tile.piece), ids, terms, d_positive,
-            gradient_ptr, stride_gradient, factor, constants,
+            right, right_tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
             WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1,
         )  # fmt: skip
     else:
