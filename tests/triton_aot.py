@@ -36,7 +36,9 @@ _DTYPES = {
 
 class Launch(NamedTuple):
     kernel: JITFunction
-    arguments: dict  # by name: kind, value if that is part of the code, whether it is a multiple of 16
+    arguments: (
+        dict  # by name: kind, value if that is part of the code, whether it is a multiple of 16
+    )
     options: dict
     tiles: object = None  # the configuration, where the kernel walks over tiles
 

@@ -157,7 +157,9 @@ def test_nothing_is_active_in_poisoned_input(source, monkeypatch):
     inputs[0][44, 2] = torch.nan
     k = EXTRAS.pairs
     captions = None if source == "given" else inputs[1]
-    batch = Batch(inputs[0], captions, None, None, k, k, 0, 0, k, ORDER if source == "order" else DOT)
+    batch = Batch(
+        inputs[0], captions, None, None, k, k, 0, 0, k, ORDER if source == "order" else DOT
+    )
     threshold = torch.full((2 * k,), -9.0)
     total, active, _ = torch.ops.fused_vse_triton.hinge_sum(*batch, None, threshold, False)
     assert total.isnan().all() and not active.any()

@@ -5,4 +5,4 @@ import os
 
 os.environ["FUSED_VSE_TEST_OPS"] = "triton"
 
-from test_ops import *  # noqa: E402, F403
+from test_ops import *  # noqa: F403

@@ -3,8 +3,8 @@ configuration that configs.py chooses for any size, in every dtype.
 
 The tensors are on the meta device. Between batches, sizes and options vary together: "plain" ones are
 multiples of 16, without ids, ceilings and a scale tensor, contiguous; "full" ones are ragged, with all of
-them, and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same. Left
-out are crossings of these: ids without a scale tensor, one pair among thousands of rows, and the like.
+these, and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same.
+Left out are crossings: ids without a scale tensor, one pair among thousands of rows, and the like.
 """
 
 import contextlib
@@ -149,9 +149,7 @@ def run_every_op(batch: Batch, dtype: torch.dtype, n: int, m: int, k: int, d: in
             backward.hinge_sum_backward(
                 inputs, ceiling, threshold, total, scores, *upstream, *needs
             )
-    backward.hardest_negatives_backward(
-        inputs, vector, zeros(2 * k), *upstream, *needs
-    )
+    backward.hardest_negatives_backward(inputs, vector, zeros(2 * k), *upstream, *needs)
     if batch.size == "large" and captions is not None:
         # Few anchors among many rows look through all of each other.
         few = inputs._replace(row_anchors=1, column_anchors=1, pair_count=1)

@@ -72,9 +72,7 @@ def _compile_failure(device: int) -> str | None:
     try:
         with torch.cuda.device(device):
             one = torch.ones(1, 1, device=device)
-            torch.ops.fused_vse_triton.positive_scores(
-                one, one, None, None, 1, 1, 0, 0, 1, DOT
-            )
+            torch.ops.fused_vse_triton.positive_scores(one, one, None, None, 1, 1, 0, 0, 1, DOT)
     except Exception as error:  # noqa: BLE001 - whatever the compiler or the driver raises
         return (
             f"Triton {triton.__version__} does not compile here ({type(error).__name__}: {error});"

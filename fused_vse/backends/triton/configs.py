@@ -80,7 +80,7 @@ MERGE = {"BLOCK_S": 32, "BLOCK_A": 32, "num_warps": 4}
 # Gradients of the order similarity: 16 accumulators a thread; in float64 4, or the stack is used.
 ORDER_SUMS = {"BLOCK_R": 32, "BLOCK_D": 64, "BLOCK_J": 64, "num_warps": 4}
 ORDER_SUMS_FLOAT64 = {"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_J": 64, "num_warps": 4}
-# Up to this many anchors of a side, the sparse backward pass finds its entries by looking through all of them.
+# Up to this many anchors of a side, the sparse backward pass finds its entries by looking through all.
 MAX_UNLISTED_ANCHORS = 1024
 
 

@@ -24,7 +24,9 @@ class Constants(NamedTuple):
     c: Any  # float64
     reach: Any  # no less than c |s|
     shift: Any
-    one_exp: Any  # whether exp2(c s - shift) serves all of S, for the row and the column sum of an entry
+    one_exp: (
+        Any  # whether exp2(c s - shift) serves all of S, for the row and the column sum of an entry
+    )
 
 
 @triton.jit
@@ -106,9 +108,7 @@ def finish(largest, total, poisoned, constants):
     whole = constants.shift + rest
     bounded = tl.minimum(whole.to(largest.dtype), constants.reach) / c
     reference = tl.where(constants.one_exp, bounded, largest)
-    rest = tl.where(
-        constants.one_exp, whole - c.to(tl.float64) * reference.to(tl.float64), rest
-    )
+    rest = tl.where(constants.one_exp, whole - c.to(tl.float64) * reference.to(tl.float64), rest)
     log_sum = tl.where(total > 0, rest * tl.full((), LN_2, tl.float64), -float("inf"))
     reference = tl.where(total > 0, reference, 0.0)
     # A scale out of range may leave a NaN in the sum, but none where there are no terms.

@@ -53,7 +53,9 @@ class Plan(NamedTuple):
     """A batch as the kernels take it, and how they get the scores of a tile."""
 
     batch: Batch  # embeddings with unit inner stride, ids contiguous, nothing that requires grad
-    operands: tuple[Tensor, Tensor]  # the embeddings as tiles take them: `dot_operand`, `order_operand`
+    operands: tuple[
+        Tensor, Tensor
+    ]  # the embeddings as tiles take them: `dot_operand`, `order_operand`
     tiles: configs.Tiles
     source: str  # see tiles.score_tile
 
@@ -138,7 +140,9 @@ class Plan(NamedTuple):
         images = self.batch.images[piece.row_start : piece.row_stop]
         product(images, self.batch.captions[: piece.num_columns].t(), scores)
 
-    def scores_of(self, pieces: list[Piece], kept: Tensor | None) -> Iterator[tuple[Piece, Tensor | None]]:
+    def scores_of(
+        self, pieces: list[Piece], kept: Tensor | None
+    ) -> Iterator[tuple[Piece, Tensor | None]]:
         """Each piece, with where its scores are, or shall be left: in S where that is given or `kept`
         [N * M], else in one scratch for all of the pieces, or only in registers."""
         images = self.batch.images
@@ -278,9 +282,7 @@ def survey(
     bounds = images.new_empty((2, 3, programs), dtype=bits)
     blocks = row_blocks(num_dimensions)
     num_bounds = min(triton.cdiv(candidates, blocks["BLOCK_R"]), programs)
-    rows.survey_kernel[(num_bounds, 2)](
-        *sides, bounds, num_dimensions, **blocks, num_warps=4
-    )
+    rows.survey_kernel[(num_bounds, 2)](*sides, bounds, num_dimensions, **blocks, num_warps=4)
     return Bounds(bounds, num_bounds, candidates, num_dimensions), *sides
 
 

@@ -59,9 +59,7 @@ class Rows(NamedTuple):
 #   for rows in my share:
 #       for d in blocks of D:  load x[rows, d]; update norms and maxima
 @triton.jit
-def survey_kernel(
-    images, captions, bounds_ptr, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def survey_kernel(images, captions, bounds_ptr, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     if tl.program_id(1) == 0:
         survey(images, bounds_ptr, D, BLOCK_R, BLOCK_D)
     else:

@@ -54,7 +54,9 @@ class Piece(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    pointer: Any  # [2, 3, SURVEY_PROGRAMS] of rows.survey_kernel, or [SURVEY_PROGRAMS] of leave_bound
+    pointer: (
+        Any  # [2, 3, SURVEY_PROGRAMS] of rows.survey_kernel, or [SURVEY_PROGRAMS] of leave_bound
+    )
     num_programs: int
     num_candidates: int  # of any anchor, at most
     D: int
@@ -80,8 +82,8 @@ class Terms(NamedTuple):
 
 class Partials(NamedTuple):
     """Results of tiles, [slots, anchors]: of the piece's rows with a slot for each tile of columns, then of
-    the column anchors with a slot for each tile of rows, after slot 0 that carries over from the piece before.
-    """
+    the column anchors with a slot for each tile of rows, after slot 0, which carries over from the piece
+    before."""
 
     first: Any
     second: Any
@@ -219,9 +221,7 @@ def negative_scores(acc, tile, ids):
     row, column, piece = tile
     offs_m = row + tl.arange(0, acc.shape[0])
     offs_n = column + tl.arange(0, acc.shape[1])
-    needs_mask = (row + acc.shape[0] > piece.row_stop) | (
-        column + acc.shape[1] > piece.num_columns
-    )
+    needs_mask = (row + acc.shape[0] > piece.row_stop) | (column + acc.shape[1] > piece.num_columns)
     if ids.images is not None:
         row_ids = tl.load(ids.images + tl.minimum(offs_m, piece.row_stop - 1))
         column_ids = tl.load(ids.captions + tl.minimum(offs_n, piece.num_columns - 1))
@@ -367,7 +367,5 @@ def is_poisoned(bounds, SOURCE: tl.constexpr):
 def poison(statistic, num_row_anchors, num_anchors):
     """1, or NaN if the statistic of the first row anchor or of the first column anchor is."""
     first = tl.load(statistic, mask=num_anchors > 0, other=0.0)
-    second = tl.load(
-        statistic + num_row_anchors, mask=num_anchors > num_row_anchors, other=0.0
-    )
+    second = tl.load(statistic + num_row_anchors, mask=num_anchors > num_row_anchors, other=0.0)
     return tl.where((first == first) & (second == second), 1.0, float("nan"))

@@ -32,8 +32,8 @@ from .tiles import (
 
 
 class Guard(NamedTuple):
-    """A launch does nothing unless work[0] > limit: a pass that is needed only if the certified search gave up.
-    NO_GUARD: it is needed."""
+    """A launch does nothing unless work[0] > limit: a pass that only those need whom the certified search
+    gave up. NO_GUARD: all do."""
 
     work: Any
     limit: Any
@@ -64,9 +64,7 @@ def walk_kernel(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
         row_tile, column_tile = tile_position(number, row_tiles, column_tiles, TILES.group)
-        tile = Tile(
-            piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece
-        )
+        tile = Tile(piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece)
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
         if SOURCE == "given":
             magnitudes = tl.maximum(magnitudes, magnitude_bits(acc))
@@ -155,9 +153,7 @@ def gradient_kernel(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
         row_tile, column_tile = tile_position(number, row_tiles, column_tiles, TILES.group)
-        tile = Tile(
-            piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece
-        )
+        tile = Tile(piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece)
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
         share = gradient_tile(
             acc, tile, ids, terms, d_positive, gradient, stride_gradient, factor, constants,
