@@ -12,14 +12,18 @@ import torch
 import fused_vse
 from fused_vse import dispatch
 from fused_vse.backends import triton as backend
+from fused_vse.ops import DOT, ORDER, Batch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 if backend.DEVICE != "cuda":
     pytest.skip("TRITON_INTERPRET is set", allow_module_level=True)
-FAMILIES = {
+
+from fused_vse.backends.triton import ops, plan  # noqa: E402
+
+SOURCES = {
     "dot": {"images": torch.ones(2, 2), "captions": torch.ones(2, 2)},
     "order": {"images": torch.ones(2, 2), "captions": torch.ones(2, 2), "similarity": "order"},
-    "scores": {"scores": torch.ones(2, 2)},
+    "given": {"scores": torch.ones(2, 2)},
 }
 
 
@@ -46,10 +50,10 @@ def gpus(monkeypatch):
             lambda device: properties[device if isinstance(device, int) else device.index],
         )
         monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-        backend._unavailable.cache_clear()
+        backend.unavailable.cache_clear()
 
     yield pretend
-    backend._unavailable.cache_clear()
+    backend.unavailable.cache_clear()
 
 
 def test_no_gpu(gpus):
@@ -69,27 +73,25 @@ def test_a_gpu_that_is_too_old(gpus):
 
 def test_one_of_the_gpus_is_too_old(gpus, monkeypatch):
     """The backend is there, for tensors on the other one."""
-    from fused_vse.backends.triton import walk
-
     gpus((8, 0), (7, 5))
     monkeypatch.setattr(backend, "_compile_failure", lambda device: None)
     assert fused_vse.backends()["triton"] == "available"
-    walk.device_of.cache_clear()
-    assert walk.device_of(torch.device("cuda:0")).capability == 8
+    plan.device_of.cache_clear()
+    assert plan.device_of(torch.device("cuda:0")).capability == 8
     with pytest.raises(RuntimeError, match="cuda:1 is a GPU 1 with 7.5; use backend='reference'"):
-        walk.device_of(torch.device("cuda:1"))
-    walk.device_of.cache_clear()
+        plan.device_of(torch.device("cuda:1"))
+    plan.device_of.cache_clear()
 
 
 def test_triton_that_does_not_compile(gpus, monkeypatch):
     gpus((9, 0))
 
-    def failing(rows):
+    def failing(*batch):
         raise RuntimeError("Failed to find C compiler")
 
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *size, device=None: ones(*size))
-    monkeypatch.setattr(torch.ops.fused_vse_triton, "l2_normalize", failing)
+    monkeypatch.setattr(torch.ops.fused_vse_triton, "positive_scores", failing)
     reason = fused_vse.backends()["triton"]
     assert f"Triton {triton.__version__} does not compile here" in reason
     with pytest.raises(RuntimeError, match="find C compiler.*set CC"):
@@ -115,24 +117,23 @@ except RuntimeError as error:
     assert error == f"backend='triton' is not available: {reason}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_of_ops_is_there(family, gpus, monkeypatch):
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("op", ops.NAMES)
+def test_every_statistic_is_there(op, source, gpus, monkeypatch):
     """For CUDA tensors "auto" takes Triton without a word; by name it takes no other tensors."""
     gpus((9, 0))
     monkeypatch.setattr(backend, "_compile_failure", lambda device: None)
+    images = types.SimpleNamespace(device=torch.device("cuda"))
+    captions = None if source == "given" else images
+    similarity = ORDER if source == "order" else DOT
+    batch = Batch(images, captions, None, None, 2, 2, 0, 0, 2, similarity)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("auto", "triton"):
-            assert dispatch.select(name, torch.device("cuda"), family) == "triton"
+            assert dispatch.choose(name, op, batch) == "triton"
     with pytest.raises(ValueError, match="takes cuda tensors"):
-        fused_vse.hinge_loss(**FAMILIES[family], backend="triton")
+        fused_vse.hinge_loss(**SOURCES[source], backend="triton")
 
 
-def test_a_backend_without_a_family_of_ops(gpus, monkeypatch):
-    gpus((9, 0))
-    monkeypatch.setattr(backend, "_compile_failure", lambda device: None)
-    monkeypatch.setattr(backend, "FAMILIES", ("dot",))
-    with pytest.raises(RuntimeError, match="no order similarity yet; use backend='reference'"):
-        dispatch.select("triton", torch.device("cuda"), "order")
-    with pytest.warns(UserWarning, match="triton: it has no score-matrix losses"):
-        assert dispatch.select("auto", torch.device("cuda"), "scores") == "reference"
+def test_what_it_does_not_have():
+    assert backend.takes("small_loss", None) == "has no small_loss"

@@ -17,10 +17,9 @@ from fused_vse.backends.triton import (  # noqa: E402
     certified,
     configs,
     hardest,
-    hinge,
-    logsumexp,
     order,
     rows,
+    walk,
 )
 
 # Bytes of shared memory of a multiprocessor: A100 and H100 / H200.
@@ -31,7 +30,7 @@ NO_STACK_TRITON = "3.9.0"
 # Any other may spill 16 registers of a thread, as 3.8 does, outside of the inner loops: read once a tile or
 # block of rows, they come from the first-level cache, next to thousands of instructions.
 MAX_STACK = 0 if triton.__version__ == NO_STACK_TRITON else 16 * 4
-FAMILIES = (certified, hardest, hinge, logsumexp, order, rows)
+FAMILIES = (certified, hardest, order, rows, walk)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +85,9 @@ def test_finds_the_stack_in_inner_loops(at, expected):
 
 
 def on_tensor_cores(launch: Launch) -> bool:
-    operand, source, precision = (
-        launch.arguments[name] for name in ("images_ptr", "SOURCE", "PRECISION")
-    )
+    operand, source, tiles = (launch.arguments[name] for name in ("images", "SOURCE", "TILES"))
     is_narrow = "bf16" in operand[0] or "fp16" in operand[0]
-    return source[1] == "dot" and (is_narrow or precision[1] == "tf32")
+    return source[1] == "dot" and (is_narrow or tiles[1].precision == "tf32")
 
 
 def test_nothing_is_forgotten():

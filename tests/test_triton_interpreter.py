@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-@pytest.mark.parametrize("name", ["cases", "families", "rows"])
+@pytest.mark.parametrize("name", ["cases", "families", "ops"])
 def test_kernels_in_the_interpreter(name, interpreter_runs):
     process, output = interpreter_runs[name]
     assert process.wait(timeout=1200) == 0, output.read_text()[-20000:]

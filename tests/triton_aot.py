@@ -36,7 +36,9 @@ _DTYPES = {
 
 class Launch(NamedTuple):
     kernel: JITFunction
-    arguments: dict  # by name; tensors as ("*bf16", aligned)
+    arguments: (
+        dict  # by name: kind, value if that is part of the code, whether it is a multiple of 16
+    )
     options: dict
     tiles: object = None  # the configuration, where the kernel walks over tiles
 
@@ -50,7 +52,12 @@ class Launch(NamedTuple):
     @property
     def aligned(self) -> int:
         """How many of the pointers are."""
-        return sum(divisible and kind[0] == "*" for kind, _, divisible in self.arguments.values())
+        return sum(kind[0] == "*" and divisible for _, kind, _, divisible in self.leaves())
+
+    def leaves(self):
+        """(path, kind, value, divisible) of every argument, those in tuples included."""
+        for position, argument in enumerate(self.arguments.values()):
+            yield from _leaves((position,), *argument)
 
 
 class Compiled(NamedTuple):
@@ -93,7 +100,18 @@ class Compiled(NamedTuple):
         ]
 
 
+def _leaves(path, kind, value, divisible):
+    if not isinstance(kind, tuple):
+        yield path, kind, value, divisible
+        return
+    for position, argument in enumerate(zip(kind, value, divisible, strict=True)):
+        yield from _leaves((*path, position), *argument)
+
+
 def _describe(name: str, value, is_constant: bool):
+    if isinstance(value, tuple) and not is_constant:
+        described = [_describe(name, element, False) for element in value]
+        return tuple(type(value)(*each) for each in zip(*described, strict=True))
     if is_constant or value is None:
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):
@@ -130,13 +148,13 @@ def record_launches():
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    signature, constants, attributes = {}, {}, {}
-    for position, (name, (kind, value, divisible)) in enumerate(launch.arguments.items()):
-        signature[name] = kind
+    signature = {name: kind for name, (kind, _, _) in launch.arguments.items()}
+    constants, attributes = {}, {}
+    for path, kind, value, divisible in launch.leaves():
         if kind == "constexpr":
-            constants[(position,)] = value
+            constants[path] = value
         if divisible:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     kernel = triton.compile(source, target=target, options=launch.options)

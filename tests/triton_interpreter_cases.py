@@ -4,10 +4,6 @@
 Collected by test_triton_interpreter.py alone, with TRITON_INTERPRET=1 in the environment.
 """
 
-import re
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 from cases import (
@@ -24,7 +20,7 @@ from hypothesis import strategies as st
 
 from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
 from fused_vse.backends import triton as backend
-from fused_vse.backends.triton import configs, forward, ops, walk
+from fused_vse.backends.triton import configs, forward, plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -129,13 +125,13 @@ def tau(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_float32_at_reduced_precision_and_other_dtypes_of_one_case(dtype, loss, monkeypatch):
     """The tl.dot path in every dtype that takes it, with rows that are no multiple of 16 bytes."""
-    monkeypatch.setattr(walk.torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(plan.torch, "get_float32_matmul_precision", lambda: "high")
     check_accuracy(loss, Case("dot", 45, 50, 33, 23, "groups of five"), dtype)
 
 
 def test_tensor_descriptors(loss, monkeypatch):
     """The sm_90 way to load the operands, with ragged rows, columns and dimensions."""
-    monkeypatch.setattr(configs, "INTERPRETER", replace(configs.INTERPRETER, tma=True))
+    monkeypatch.setattr(configs, "INTERPRETER", configs.INTERPRETER._replace(tma=True))
     check_accuracy(loss, EXTRAS, torch.bfloat16)
 
 
@@ -143,10 +139,10 @@ def test_tensor_descriptors(loss, monkeypatch):
 def test_rectangles_of_one_tile_row(loss, dtype, monkeypatch):
     """The smallest workspace: results carry over between rectangles, d_captions adds up in float32."""
     monkeypatch.setattr(
-        configs, "INTERPRETER", replace(configs.INTERPRETER, block_m=16, block_n=32)
+        configs, "INTERPRETER", configs.INTERPRETER._replace(block_m=16, block_n=32)
     )
     monkeypatch.setattr(forward, "MAX_SAVED_SCORES", 0)
-    monkeypatch.setattr(walk, "_workspace_bytes", 1)
+    monkeypatch.setattr(plan, "_workspace_bytes", 1)
     check_accuracy(loss, EXTRAS, dtype)
 
 
@@ -262,10 +258,10 @@ def test_offsets_beyond_2_to_the_31(loss, tmp_path):
 
 
 def test_sorted_scatter_equals_searching(monkeypatch):
-    """More than MAX_UNLISTED_PAIRS pairs take the sort; both add in the same order."""
+    """More than MAX_UNLISTED_ANCHORS pairs take the sort; both add in the same order."""
     pair = integer_embeddings(EXTRAS, torch.float32)  # ties abound: some rows are chosen many times
     expected = differentiated(LOSSES["hardest"], pair, EXTRAS, reduction="none")
-    monkeypatch.setattr(configs, "MAX_UNLISTED_PAIRS", 0)
+    monkeypatch.setattr(configs, "MAX_UNLISTED_ANCHORS", 0)
     for got, want in zip(
         differentiated(LOSSES["hardest"], pair, EXTRAS, reduction="none"), expected, strict=True
     ):
@@ -285,59 +281,6 @@ def test_full_graph_compilation(loss):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for got, want in zip(differentiated(compiled, pair, EXTRAS), expected, strict=True):
         assert torch.equal(got, want)
-
-
-def test_the_ops_are_those_that_ops_h_documents():
-    header = (Path(__file__).parent.parent / "csrc" / "ops.h").read_text().replace("\\\n", "")
-    macros = dict(re.findall(r"^#define (\w+)[ ]+(.*)$", header, re.MULTILINE))
-
-    def text(macro):
-        tokens = re.findall(r'"([^"]*)"|(\w+)', macros[macro])
-        return "".join(text(name) if name else literal for literal, name in tokens)
-
-    documented = {True: [], False: []}  # of scores, of embeddings
-    for name in macros:
-        whole_losses = ("SMALL_LOSS_", "SCALE_GRADIENTS_", "ONE_TILE_LOSS_")
-        if name.endswith("_SCHEMA") and not name.startswith(whole_losses):
-            documented[name.startswith("SCORES_")].append(text(name))
-    assert sorted(ops.STATISTICS + ops.NORMALIZATION) == sorted(documented[False])
-    assert sorted(ops.SCORE_STATISTICS) == sorted(documented[True])
-
-
-@pytest.mark.parametrize(
-    "name", [schema.partition("(")[0] for schema in ops.STATISTICS + ops.NORMALIZATION]
-)
-def test_opcheck(name):
-    """Schemas and fakes agree with what the ops return."""
-    images, captions = embeddings(EXTRAS, torch.bfloat16)
-    pairs = EXTRAS.pairs
-    k, two_k = torch.rand(pairs), torch.rand(2, pairs)
-    index, scores = torch.arange(pairs).expand(2, -1), torch.rand(45 * 50)
-    batch = images, captions, None, None
-    arguments = {
-        "hardest_negatives": (*batch, pairs),
-        "hardest_negatives_backward": (k, two_k, k, index, images, captions, True, False),
-        "negative_logsumexp": (*batch, pairs, 2.0, torch.tensor(3.0), True),
-        "negative_logsumexp_backward": (
-            *(
-                k,
-                two_k.double(),
-                two_k.double(),
-                scores,
-                *batch,
-                2.0,
-                torch.tensor(3.0),
-                True,
-                True,
-            ),
-        ),
-        "hinge_sum": (*batch, pairs, 0.2, False),
-        "hinge_sum_backward": (k, two_k, k, index, scores[:0], *batch, 0.2, False, True),
-        "l2_normalize": (images,),
-        "l2_normalize_backward": (images, images, torch.rand(45)),
-    }[name]
-    op = getattr(torch.ops.fused_vse_triton, name).default
-    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_workspace_option():

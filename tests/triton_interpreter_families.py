@@ -2,15 +2,14 @@
 the float64 oracle. Collected by test_triton_interpreter.py alone, like triton_interpreter_cases.py.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 from cases import CASES, embeddings, ids_of, integer_embeddings
 from triton_interpreter_cases import DTYPES, EXTRAS, LOSSES, SMALL_CASES, SMALLEST, error
 
 from fused_vse import hardest_negatives
-from fused_vse.backends.triton import configs, forward, ops, walk
+from fused_vse.backends.triton import configs, forward, plan
+from fused_vse.ops import DOT, ORDER, Batch
 
 # The oracle is float64 as well, and a sum of 10^4 terms of both signs in another order.
 SMALLEST = {**SMALLEST, torch.float64: 2**-42}
@@ -79,9 +78,9 @@ def test_accuracy(number, case, kind, loss):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rectangles_of_one_tile_row(loss, kind, dtype, monkeypatch):
     """The smallest workspace, and nothing kept for the backward pass."""
-    monkeypatch.setattr(configs, "INTERPRETER", replace(configs.INTERPRETER, block_m=16))
+    monkeypatch.setattr(configs, "INTERPRETER", configs.INTERPRETER._replace(block_m=16))
     monkeypatch.setattr(forward, "MAX_SAVED_SCORES", 0)
-    monkeypatch.setattr(walk, "_workspace_bytes", 1)
+    monkeypatch.setattr(plan, "_workspace_bytes", 1)
     check_accuracy(loss, kind, EXTRAS, dtype)
 
 
@@ -141,25 +140,29 @@ def test_addresses_beyond_two_to_the_31(loss, monkeypatch):
 )
 def test_non_finite_scores_surface(value, place, loss, monkeypatch):
     """Everywhere, even in what an earlier rectangle has finished."""
-    monkeypatch.setattr(configs, "INTERPRETER", replace(configs.INTERPRETER, block_m=16))
-    monkeypatch.setattr(walk, "_workspace_bytes", 1)
+    monkeypatch.setattr(configs, "INTERPRETER", configs.INTERPRETER._replace(block_m=16))
+    monkeypatch.setattr(plan, "_workspace_bytes", 1)
     scores = inputs_of("scores", EXTRAS, torch.float32)
     scores[0][place] = value
     result, gradient = differentiated(loss, "scores", scores, EXTRAS, reduction="none")
     assert result.isnan().all() and gradient.isnan().all()
 
 
-@pytest.mark.parametrize("family", ["", "_order", "_scores"])
-def test_nothing_is_active_in_poisoned_input(family, monkeypatch):
-    """Counts have no NaN: 0, as in the other backends, in what an earlier rectangle has finished, too."""
-    monkeypatch.setattr(configs, "INTERPRETER", replace(configs.INTERPRETER, block_m=16))
-    monkeypatch.setattr(walk, "_workspace_bytes", 1)
-    inputs = inputs_of("scores" if family == "_scores" else "dot", EXTRAS, torch.float32)
+@pytest.mark.parametrize("source", ["dot", "order", "given"])
+def test_nothing_is_active_in_poisoned_input(source, monkeypatch):
+    """Counts have no NaN: 0, as in the other backends, in what an earlier piece has finished, too."""
+    monkeypatch.setattr(configs, "INTERPRETER", configs.INTERPRETER._replace(block_m=16))
+    monkeypatch.setattr(plan, "_workspace_bytes", 1)
+    inputs = inputs_of("scores" if source == "given" else "dot", EXTRAS, torch.float32)
     inputs[0][44, 2] = torch.nan
-    save = (False,) * (family != "_scores")
-    op = getattr(torch.ops, ops.NAMESPACE + family).hinge_sum
-    positive, total, active = op(*inputs, None, None, EXTRAS.pairs, 9.0, *save)[:3]
-    assert positive.isnan().all() and total.isnan().all() and not active.any()
+    k = EXTRAS.pairs
+    captions = None if source == "given" else inputs[1]
+    batch = Batch(
+        inputs[0], captions, None, None, k, k, 0, 0, k, ORDER if source == "order" else DOT
+    )
+    threshold = torch.full((2 * k,), -9.0)
+    total, active, _ = torch.ops.fused_vse_triton.hinge_sum(*batch, None, threshold, False)
+    assert total.isnan().all() and not active.any()
 
 
 @pytest.mark.parametrize(("value", "side"), [(torch.nan, 0), (torch.inf, 1), (1e30, 1)])
@@ -208,7 +211,7 @@ def test_one_side_only(loss):
 def test_sorted_scatter_equals_searching(monkeypatch):
     inputs = inputs_of("order", EXTRAS, torch.float32, integer_embeddings)
     expected = differentiated(LOSSES["hardest"], "order", inputs, EXTRAS, reduction="none")
-    monkeypatch.setattr(configs, "MAX_UNLISTED_PAIRS", 0)
+    monkeypatch.setattr(configs, "MAX_UNLISTED_ANCHORS", 0)
     actual = differentiated(LOSSES["hardest"], "order", inputs, EXTRAS, reduction="none")
     for got, want in zip(actual, expected, strict=True):
         assert torch.equal(got, want)
@@ -221,24 +224,3 @@ def test_full_graph_compilation(kind, loss):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for got, want in zip(differentiated(compiled, kind, inputs, EXTRAS), expected, strict=True):
         assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", [schema.partition("(")[0] for schema in ops.STATISTICS])
-def test_opcheck(name, kind):
-    """Schemas and fakes agree with what the ops return."""
-    inputs = inputs_of(kind, EXTRAS, torch.bfloat16)
-    pairs, order = EXTRAS.pairs, kind == "order"
-    k, two_k, scale = torch.rand(pairs), torch.rand(2, pairs), torch.tensor(3.0)
-    index, lse = torch.arange(pairs).expand(2, -1), two_k.double()
-    saved, needs = (torch.rand(45 * 50),) * order, (True, True) * order
-    batch, save = (*inputs, None, None), (True,) * order
-    arguments = {
-        "hardest_negatives": (*batch, pairs),
-        "hardest_negatives_backward": (k, two_k, k, index, *inputs, *needs),
-        "negative_logsumexp": (*batch, pairs, 2.0, scale, *save),
-        "negative_logsumexp_backward": (k, lse, lse, *saved, *batch, 2.0, scale, *needs),
-        "hinge_sum": (*batch, pairs, 0.2, *save),
-        "hinge_sum_backward": (k, two_k, k, index, *saved, *batch, 0.2, *needs),
-    }[name]
-    op = getattr(getattr(torch.ops, f"{ops.NAMESPACE}_{kind}"), name).default
-    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -2,9 +2,9 @@
 configuration that configs.py chooses for any size, in every dtype.
 
 The tensors are on the meta device. Between batches, sizes and options vary together: "plain" ones are
-multiples of 16, without ids and without a scale tensor, contiguous; "full" ones are ragged, with both,
-and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same. Left
-out are crossings of these: ids without a scale tensor, one pair among thousands of rows, and the like.
+multiples of 16, without ids, ceilings and a scale tensor, contiguous; "full" ones are ragged, with all of
+these, and given scores transposed. sm_80 and float16 have full ones only: plain code does less of the same.
+Left out are crossings: ids without a scale tensor, one pair among thousands of rows, and the like.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 from triton_aot import Launch, record_launches
 
-from fused_vse.backends.triton import backward, configs, forward, gradients, walk
+from fused_vse import ops
+from fused_vse.backends.triton import backward, configs, forward, plan
 
 # Name and float32 matmul precision; the order similarity and given scores know no tf32.
 DTYPES = {
@@ -76,11 +77,11 @@ class Noted(NamedTuple):
 
 def noted(batch: Batch) -> Noted:
     device = configs.Device(multiprocessors=132, capability=batch.capability // 10)
-    choose, launch_walk = configs.tiles_for, walk.Walk.launch
+    choose, launch_walk = configs.tiles_for, plan.Plan.launch
     chosen = set()
 
-    def tiles_for(kind, rows, columns, device):
-        tiles = choose(kind, rows, columns, device)
+    def tiles_for(kind, rows, columns, device, *crowded):
+        tiles = choose(kind, rows, columns, device, *crowded)
         chosen.add((kind, batch.capability, tiles))
         return tiles
 
@@ -94,20 +95,19 @@ def noted(batch: Batch) -> Noted:
     patches = [
         *(
             mock.patch.object(module, "device_of", return_value=device)
-            for module in (walk, forward)
+            for module in (plan, forward)
         ),
         # Library products, some of which know no meta tensors.
-        *(mock.patch.object(module, "product", ignore) for module in (walk, gradients)),
+        *(mock.patch.object(module, "product", ignore) for module in (plan, backward)),
         mock.patch.object(configs, "tiles_for", tiles_for),
-        mock.patch.object(walk.Walk, "launch", launch),
+        mock.patch.object(plan.Plan, "launch", launch),
     ]
     try:
         with contextlib.ExitStack() as stack, record_launches() as launches:
             for patch in patches:
                 stack.enter_context(patch)
             for shape in batch.shapes:
-                run = run_every_op_of_scores if batch.family == "scores" else run_every_op
-                run(batch, dtype, *shape)
+                run_every_op(batch, dtype, *shape)
     finally:
         torch.set_float32_matmul_precision(before)
     return Noted({(batch.capability, *launch.key): launch for launch in launches}, chosen)
@@ -121,48 +121,37 @@ def zeros(*shape, dtype=torch.int64):
     return torch.zeros(shape, dtype=dtype, device="meta")
 
 
-def ids_and_scale(batch: Batch, dtype: torch.dtype, n: int, m: int):
-    """(image_ids, caption_ids) and scale_tensor."""
-    if not batch.full:
-        return (None, None), None
-    return (zeros(n), zeros(m)), zeros(dtype=torch.promote_types(dtype, torch.float32))
-
-
 def run_every_op(batch: Batch, dtype: torch.dtype, n: int, m: int, k: int, d: int) -> None:
-    """Every op of embeddings, in all variants that differ in code."""
-    images, captions = zeros(n, d, dtype=dtype), zeros(m, d, dtype=dtype)
-    ids, scale_tensor = ids_and_scale(batch, dtype, n, m)
-    inputs, options = (images, captions, *ids), {"family": batch.family}
-    positive, score, index = forward.hardest_negatives(*inputs, k, **options)
-    for pairs in {k, configs.MAX_UNLISTED_PAIRS + 1}:
-        upstream = score.new_zeros(pairs), score.new_zeros(2, pairs)
-        backward.hardest_negatives_backward(
-            *upstream, positive, index[:, :1].expand(2, pairs), images, captions, True, True, **options
-        )  # fmt: skip
-    for save in (True, False):
-        positive, lse, scores = forward.negative_logsumexp(
-            *inputs, k, 1.5, scale_tensor, save, **options
-        )
-        backward.negative_logsumexp_backward(
-            positive, lse, lse, scores, *inputs, 1.5, scale_tensor, True, True, **options
-        )
-        positive, total, active, scores = forward.hinge_sum(*inputs, k, 0.2, save, **options)
-        backward.hinge_sum_backward(
-            positive, total, positive, active, scores, *inputs, 0.2, True, True, **options
-        )
-    if batch.family == "dot":
-        normalized, inverse_norm = forward.l2_normalize(images)
-        backward.l2_normalize_backward(normalized, normalized, inverse_norm)
-
-
-def run_every_op_of_scores(batch: Batch, dtype: torch.dtype, n: int, m: int, k: int, _) -> None:
-    ids, scale_tensor = ids_and_scale(batch, dtype, n, m)
-    scores = zeros(m, n, dtype=dtype).t() if batch.full else zeros(n, m, dtype=dtype)
-    positive, score, index = forward.hardest_negatives_of_scores(scores, *ids, k)
-    backward.hardest_negatives_of_scores_backward(positive, score, positive, index, scores)
-    positive, lse = forward.negative_logsumexp_of_scores(scores, *ids, k, 1.5, scale_tensor)
-    backward.negative_logsumexp_of_scores_backward(
-        positive, lse, lse, scores, *ids, 1.5, scale_tensor
-    )
-    positive, total, active = forward.hinge_sum_of_scores(scores, *ids, k, 0.2)
-    backward.hinge_sum_of_scores_backward(positive, total, positive, active, scores, *ids, 0.2)
+    """Every op, in all variants that differ in code."""
+    captions = None
+    if batch.family != "scores":
+        images, captions = zeros(n, d, dtype=dtype), zeros(m, d, dtype=dtype)
+    else:
+        images = zeros(m, n, dtype=dtype).t() if batch.full else zeros(n, m, dtype=dtype)
+    wide = ops.accumulation_dtype(dtype)
+    ids = (zeros(n), zeros(m)) if batch.full else (None, None)
+    similarity = ops.ORDER if batch.family == "order" else ops.DOT
+    inputs = ops.Batch(images, captions, *ids, k, k, 0, 0, k, similarity)
+    scale = 1.5, zeros(dtype=wide) if batch.full else None
+    vector, threshold = zeros(2 * k, dtype=wide), zeros(2 * k, dtype=wide)
+    upstream, needs = (zeros(k, dtype=wide), vector), (True, True, False)
+    forward.positive_scores(inputs)
+    # Where registers are scarce, ids without ceilings, too: they may have other tiles.
+    ceilings = [vector] * batch.full + [None] * (not batch.full or batch.size == "large")
+    for ceiling in ceilings:
+        forward.hardest_negatives(inputs, ceiling)
+        for save in (True, False):
+            *lse, scores = forward.negative_logsumexp(inputs, ceiling, *scale, save)
+            backward.negative_logsumexp_backward(
+                inputs, ceiling, *scale, *lse, scores, upstream[0], lse[1], *needs
+            )
+            total, _, scores = forward.hinge_sum(inputs, ceiling, threshold, save)
+            backward.hinge_sum_backward(
+                inputs, ceiling, threshold, total, scores, *upstream, *needs
+            )
+    backward.hardest_negatives_backward(inputs, vector, zeros(2 * k), *upstream, *needs)
+    if batch.size == "large" and captions is not None:
+        # Few anchors among many rows look through all of each other.
+        few = inputs._replace(row_anchors=1, column_anchors=1, pair_count=1)
+        upstream = zeros(1, dtype=wide), vector[:2]
+        backward.hardest_negatives_backward(few, vector[:2], zeros(2), *upstream, *needs)
