@@ -173,6 +173,22 @@ def test_sizes_that_decide_are_guards_of_the_compiled_graph(dynamic, among):
     assert asked
 
 
+def test_availability_is_not_traced(among):
+    """It may launch a kernel, or look at files: torch.compile takes its answer."""
+    if fused_vse.backends()["cpu"] != "available":
+        pytest.skip(fused_vse.backends()["cpu"])
+    from fused_vse.backends import cpu
+
+    def unavailable():
+        with open(__file__) as file:
+            return None if file.read(1) else "an empty file"
+
+    among(cpu=types.SimpleNamespace(**vars(cpu) | {"unavailable": unavailable}))
+    torch.compiler.reset()
+    compiled = torch.compile(all_negatives_loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(IMAGES, CAPTIONS), all_negatives_loss(IMAGES, CAPTIONS))
+
+
 def test_importing_the_package_imports_no_compiler():
     """torch._dynamo takes two seconds."""
     command = """
