@@ -15,7 +15,7 @@ and resumed.
 import os
 
 # By default the threads of GNU OpenMP spin while they wait for each other. Where other programs want
-# the processors, too, they spin away the time of the one they wait for: steps took ten times as long.
+# the processors, too, that takes the time of the thread waited for: steps took up to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 
 import contextlib
@@ -262,10 +262,12 @@ def make_directory(output: Path | None, options: Options) -> Path:
             output.mkdir(parents=True, exist_ok=True)
             return output
         name = f"{Path(options.data).resolve().name if options.data else 'digits'}-{options.loss}"
+        runs = Path("runs")
+        runs.mkdir(exist_ok=True)
         for number in itertools.count(1):
-            path = Path("runs", f"{name}-{number}")
+            path = runs / f"{name}-{number}"
             with contextlib.suppress(FileExistsError):  # perhaps of a run that starts just now
-                path.mkdir(parents=True)
+                path.mkdir()
                 return path
     except OSError as error:
         raise InputError(
@@ -336,6 +338,10 @@ def main(argv: list[str] | None = None) -> int:
         message, code = f"failed: {error}; lower --lr or raise --temperature", EXIT_FAILED
     except KeyboardInterrupt as interrupt:
         message, code = f"interrupted{interrupt}", EXIT_INTERRUPTED
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise  # PyTorch has no type of its own for memory that is exhausted on the CPU
+        message, code = f"failed: {(str(error) or 'out of memory').splitlines()[0]}", EXIT_FAILED
     print(message.replace("\n", "\\n"), file=sys.stderr)
     return code
 

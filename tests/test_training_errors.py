@@ -188,7 +188,10 @@ FLAGS = [
     (("--temperature", "0"), "--temperature: '0' is not a number above 0"),
     (("--temperature", "nan"), "--temperature: 'nan' is not a number above 0"),
     (("--lr", "inf"), "--lr: 'inf' is not a number above 0"),
+    (("--temperature", "1e300"), "temperature must be between"),
+    (("--lr", "1e300"), "--lr: '1e300' is not a number above 0 and below 1e+10"),
     (("--margin", "-0.1"), "--margin"),
+    (("--margin", "1e300"), "margin must be finite"),
     (("--image-dropout", "1"), "--image-dropout: '1' is not a number of at least 0 and below 1"),
     (("--seed", "-1"), "--seed"),
     (("--seed", str(2**63)), "--seed: '9223372036854775808' is not an integer of at least 0 and"),
@@ -498,14 +501,14 @@ def test_one_trainer_at_a_time(second, data, tmp_path, capsys, monkeypatch):
     run, codes = tmp_path / "run", []
     argv = [*TINY, "--data", data, "--output", run] if second == "a new run" else None
 
-    def meanwhile(*args, **kwargs):
-        if not codes:
+    def meanwhile(images, captions, **options):
+        if len(images) > 1 and not codes:  # 1: whether the options work is tried out
             codes.append(None)
             monkeypatch.setattr(
                 "train_reference.refuse_run", lambda output: None
             )  # as if just made
             codes.append(train(*(argv or ["--output", run, "--resume"])))
-        return all_negatives_loss(*args, **kwargs)
+        return all_negatives_loss(images, captions, **options)
 
     monkeypatch.setattr("training.objective.all_negatives_loss", meanwhile)
     assert train(*TINY, "--data", data, "--output", run) == 0
@@ -538,6 +541,14 @@ def test_full_disk(data, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "checkpoint.pt: cannot write there: File too large" in line
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_no_memory(data, tmp_path, capsys):
+    sizes = ("--hidden-size", 2**20 - 1, "--joint-size", 8)
+    assert train(*TINY, *sizes, "--data", data, "--output", tmp_path / "run") == 1
+    line = capsys.readouterr().err
+    assert line.startswith("failed: ") and "can't allocate memory" in line
+    assert line.count("\n") == 1
 
 
 def test_resume_in_a_read_only_directory(run_copy, capsys, monkeypatch):

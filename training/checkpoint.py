@@ -6,7 +6,6 @@ import io
 import json
 import os
 import warnings
-from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -29,6 +28,8 @@ CHECKPOINT_KEYS = BEST_KEYS | {
     "optimizer",
     "best_model",
 }
+
+ABSENT = object()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -115,7 +116,7 @@ def check_like(found: object, expected: object, name: str, path: Path) -> None:
         found, expected = dict(enumerate(found)), dict(enumerate(expected))
     if isinstance(expected, dict):
         for key in [*expected, *(found.keys() - expected.keys())]:
-            check_like(found.get(key), expected.get(key), f"{name}.{key}", path)
+            check_like(found.get(key, ABSENT), expected.get(key, ABSENT), f"{name}.{key}", path)
     elif isinstance(found, (float, Tensor)) and not torch.as_tensor(found).isfinite().all():
         raise InputError(f"{path}: {name} is not finite")
 
@@ -123,8 +124,9 @@ def check_like(found: object, expected: object, name: str, path: Path) -> None:
 def _kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)}{'' if value.dtype == torch.float32 else f' {value.dtype}'}"
-    names = {type(None): "nothing", dict: "a dict", OrderedDict: "a dict"}
-    return names.get(type(value), type(value).__name__)
+    if value is ABSENT:
+        return "nothing"
+    return "a dict" if isinstance(value, dict) else type(value).__name__
 
 
 def load_best(output: Path) -> tuple[VSEModel, Vocabulary]:
@@ -137,7 +139,8 @@ def load_best(output: Path) -> tuple[VSEModel, Vocabulary]:
         raise InputError(f"{path}: sizes: {str(error).splitlines()[0]}") from None
     words = content["words"]
     needed = model.word_vectors.num_embeddings
-    if not isinstance(words, list) or words[:2] != SPECIAL or len(set(map(str, words))) != needed:
+    are_words = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not are_words or words[:2] != SPECIAL or not len(words) == len(set(words)) == needed:
         raise InputError(f"{path}: words: expected {needed} different ones, {SPECIAL} first")
     check_like(content["model"], model.state_dict(), "model", path)
     model.load_state_dict(content["model"])

@@ -113,7 +113,7 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
         )
 
     share = _number(float, 0, 1)
-    size = {"type": _number(int, 1, 2**31), "metavar": "N"}
+    size = {"type": _number(int, 1, 2**20), "metavar": "N"}
     add("--data", "directory in vsepp's layout (default: scenes of digits)", metavar="DIR")
     add("--loss", "the loss to train with", choices=LOSSES)
     add(
@@ -142,7 +142,7 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
     add("--smooth", "softplus in place of the hinge of hardest_negative", action="store_true")
     add("--epochs", "passes over all captions", **size)
     add("--batch-size", "pairs in a batch", type=_number(int, 2, 2**31), metavar="N")
-    add("--lr", "learning rate of Adam at the start", type=_number(float, 0, open_end=True))
+    add("--lr", "learning rate of Adam at the start", type=_number(float, 0, 1e10, open_end=True))
     add("--seed", "of weights, order and dropout", type=_number(int, 0, 2**63), metavar="N")
     add("--device", "torch device", metavar="NAME")
     add(
@@ -230,14 +230,20 @@ def _flag(name: str) -> str:
 
 
 def _check_hardware(options: Options) -> None:
-    """Raises InputError unless the device and the backend work here."""
+    """Raises InputError unless the device, the backend and the losses work here."""
     try:
         probe = torch.zeros(1, 1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what auto falls back to, the first step warns
+    ids = torch.zeros(1, dtype=torch.int64, device=options.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what auto falls back to, the first step warns
+        try:
             hinge_loss(probe, probe, backend=options.backend)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"--backend {options.backend}: {error}") from None
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"--backend {options.backend}: {error}") from None
+        try:
+            for epoch in (0, options.epochs - 1):
+                options.objective(epoch)(probe, probe, ids)
+        except ValueError as error:  # of a temperature or a margin
+            raise InputError(str(error)) from None
