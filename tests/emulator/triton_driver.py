@@ -2,13 +2,14 @@
 
 import contextlib
 import ctypes
+import inspect
 import struct
 from collections.abc import Callable, Iterator
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase, expand_signature, wrap_handle_tensordesc_impl
+from triton.backends.driver import DriverBase
 from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.backends.nvidia import driver as nvidia_driver
 from triton.runtime import _allocation
@@ -62,38 +63,27 @@ class _Utils:
             bool(padding),
         )
 
+    fill_tma_descriptor = fill_tma_descriptor_tiled  # its name in Triton 3.6
+
 
 class _Launcher:
     def __init__(self, source, metadata):
         self.metadata = metadata
-        maps = getattr(metadata, "tensordesc_meta", None)
-        signature = dict(source.signature)
-        self.kinds = list(_flat(expand_signature(signature.values(), maps, "nvTmaDesc")))
-        self.launch = wrap_handle_tensordesc_impl(
-            self._launch, signature, maps, nvidia_driver.make_tensordesc_arg
-        )
+        self.kinds = tuple(source.signature.values())
 
     def __call__(self, x, y, z, stream, function, *rest):
-        arguments = rest[4:]  # after metadata and hooks
-        # What a tensor map has instead of a pointer is its `base`.
-        tensors = [getattr(value, "base", value) for value in _flat(arguments)]
-        tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
-        self.launch(x, y, z, function, tensors, arguments)
-
-    def _launch(self, x, y, z, function, tensors, arguments) -> None:
         metadata, driver = self.metadata, triton.runtime.driver.active
-        module, name = function
-        values = list(_flat(arguments))
-        parameters = []
-        for kind, value in zip(self.kinds, values, strict=True):
-            if kind != "constexpr":
-                parameters.append(_parameter(kind, value))
+        arguments = rest[4:]  # after metadata and hooks
+        maps = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        parameters = [_parameter(kind, value) for kind, value in _flat(self.kinds, arguments, maps)]
+        # What a tensor map has instead of a pointer is its `base`.
+        tensors = [getattr(value, "base", value) for _, value in _leaves(self.kinds, arguments)]
         programs = x * y * z * metadata.num_ctas
         scratch = _scratch(programs * metadata.global_scratch_size, metadata.global_scratch_align)
-        tensors = tensors if scratch is None else [*tensors, scratch]
         parameters.append(ctypes.c_uint64(0 if scratch is None else scratch.data_ptr()))
         parameters.append(ctypes.c_uint64(0))  # no profiler
-        with _registered(tensors):
+        module, name = function
+        with _registered([t for t in (*tensors, scratch) if isinstance(t, torch.Tensor)]):
             module.launch(
                 name,
                 (x * metadata.num_ctas, y, z),
@@ -109,12 +99,37 @@ class _Launcher:
             driver.on_launch(name, (x, y, z))
 
 
-def _flat(values):
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _flat(value)
+def _leaves(kinds: tuple, values: tuple) -> Iterator[tuple[str, object]]:
+    """Types and arguments of a kernel, of which some are tuples of others."""
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _leaves(kind, value)
         else:
-            yield value
+            yield kind, value
+
+
+def _flat(kinds: tuple, values: tuple, maps: Iterator) -> Iterator[tuple[str, object]]:
+    """The same as the code takes them: a tensor descriptor as its map, or as its pointer, with its sizes."""
+    for kind, value in _leaves(kinds, values):
+        if kind.startswith("tensordesc"):
+            parts = _make_tensordesc_arg(value, next(maps, None))
+            ndim = len(value.shape)
+            begins = (
+                ["nvTmaDesc"]
+                if isinstance(parts[0], ptxemu.TensorMap)
+                else ["*", *["i64"] * 2 * ndim]
+            )
+            ends = ["i32"] * ndim + ["i64"] * ndim
+            flags = ["i1"] * (len(parts) - len(begins) - len(ends))
+            yield from zip([*begins, *flags, *ends], parts, strict=True)
+        elif kind != "constexpr":
+            yield kind, value
+
+
+def _make_tensordesc_arg(value, description) -> list:
+    make = nvidia_driver.make_tensordesc_arg
+    more = [None] * (len(inspect.signature(make).parameters) - 2)  # Triton 3.6 takes none
+    return make(value, description, *more)
 
 
 def _parameter(kind: str, value):
