@@ -23,65 +23,71 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> list[str]:
-    """CXX or c++, as for the library, for this machine's vector instructions where it knows them."""
-    return _with_native(tuple((os.environ.get("CXX") or "c++").split()))
-
-
-@functools.cache
-def _with_native(command: tuple[str, ...]) -> list[str]:
-    native = [*command, "-march=native"]
-    probe = [*native, "-x", "c++", "-fsyntax-only", os.devnull]
-    known = subprocess.run(probe, capture_output=True).returncode == 0
-    return native if known else list(command)
+    """CXX or c++, as for the libraries."""
+    return (os.environ.get("CXX") or "c++").split()
 
 
 def why_not() -> str | None:
     """Why nothing can be compiled here."""
-    name = compiler_name()
+    name = compiler()[0]
     return None if shutil.which(name) else f"no C++ compiler {name!r}; set CXX"
 
 
-def compiler_name() -> str:
-    return (os.environ.get("CXX") or "c++").split()[0]
+@functools.cache
+def _native(program: str) -> list[str]:
+    """The option for this machine's vector instructions, where the compiler knows it."""
+    probe = [program, "-march=native", "-x", "c++", "-fsyntax-only", os.devnull]
+    return probe[1:2] if subprocess.run(probe, capture_output=True).returncode == 0 else []
 
 
 @functools.cache
-def _identity(program: str, *options: str) -> str:
-    """The compiler's version and, of -march=native, what that means on this machine."""
-    command = [program, *options, "-###", "-E", "-x", "c++", os.devnull]
-    if "nvcc" in Path(program).name:
+def _identity(program: str) -> str:
+    """The compiler's version and what -march=native means to it on this machine."""
+    command = [program, *_native(program), "-###", "-E", "-x", "c++", os.devnull]
+    if Path(program).name == "nvcc":
         command = [program, "--version"]
+    return output_of(command)
+
+
+def output_of(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout + done.stderr
 
 
-def make(name: str, command: Sequence[str | Path], sources: Iterable[Path]) -> Path:
-    """The file `name` that the command makes; not again while the command, the compiler and the contents of
-    the sources, with the headers beside them, are the same. Processes that want the same file take turns."""
+def make(
+    name: str,
+    command: Sequence[str | Path],
+    sources: Iterable[Path],
+    folder: Path | None = None,
+) -> Path:
+    """The file `name` that the command makes, in a folder of the cache.
+
+    It is not made again while the command, the compiler and the contents of the sources, with the headers
+    that they include, are the same. Processes that want the same file take turns. The command runs in
+    `folder`.
+    """
     command = [str(x) for x in command]
-    native = [x for x in command if x == "-march=native"]
-    digest = hashlib.sha256("\0".join([*command, _identity(command[0], *native)]).encode())
+    digest = hashlib.sha256("\0".join([*command, _identity(command[0])]).encode())
     for source in sorted(_with_headers(sources)):
         digest.update(source.read_bytes())
-    folder = CACHE / f"{digest.hexdigest()[:20]}"
-    made = folder / name
+    place = CACHE / digest.hexdigest()[:20]
+    made = place / name
     if made.exists():
         return made
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            unfinished = folder / f"unfinished-{name}"
-            run([x.replace(OUTPUT, str(unfinished)) for x in command])
+            unfinished = place / f"unfinished-{name}"
+            _run([x.replace(OUTPUT, str(unfinished)) for x in command], folder)
             os.replace(unfinished, made)
     return made
 
 
-def run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: Sequence[str], folder: Path | None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout
 
 
 def _with_headers(sources: Iterable[Path]) -> set[Path]:
@@ -109,7 +115,7 @@ def in_parallel(tasks: Sequence[Callable[[], Path]]) -> list[Path]:
 
 def compiled(source: Path, *options: str | Path) -> Path:
     """The object file of one C++ source."""
-    command = [*compiler(), *FLAGS, *options, "-c", source, "-o", OUTPUT]
+    command = [*compiler(), *FLAGS, *_native(compiler()[0]), *options, "-c", source, "-o", OUTPUT]
     return make(f"{source.stem}.o", command, [source])
 
 

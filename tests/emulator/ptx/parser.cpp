@@ -196,8 +196,9 @@ class Parser {
       unsigned threads = number();
       while (accept(",")) threads *= number();
       (word == ".reqntid" ? kernel_.required_threads : kernel_.most_threads) = threads;
-    } else if (word == ".maxnreg" || word == ".minnctapersm" || word == ".maxclusterrank" ||
-               word == ".reqnctapercluster") {
+    } else if (word == ".minnctapersm") {
+      kernel_.min_blocks = number();
+    } else if (word == ".maxnreg" || word == ".maxclusterrank" || word == ".reqnctapercluster") {
       number();
       while (accept(",")) number();
     } else if (word == ".pragma") {

@@ -62,7 +62,7 @@ struct ParsedKernel {
   std::string name;
   std::vector<Parameter> parameters;
   unsigned parameter_bytes = 0;
-  unsigned required_threads = 0, most_threads = 0;  // .reqntid, .maxntid; 0 if not given
+  unsigned required_threads = 0, most_threads = 0, min_blocks = 0;  // .reqntid, .maxntid, .minnctapersm
   std::vector<Register> registers;
   std::vector<Statement> statements;
   std::vector<Variable> shared, local;

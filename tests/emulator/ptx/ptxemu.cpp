@@ -43,6 +43,12 @@ void note_counts(const ptxemu::Launch& launch) {
   counts = out.str();
 }
 
+const ptxemu::Kernel* find_kernel(const ptxemu_module& module, const std::string& name) {
+  for (const auto& kernel : module.module.kernels)
+    if (kernel->parsed.name == name) return kernel.get();
+  return nullptr;
+}
+
 }  // namespace
 
 ptxemu_module* ptxemu_load(const char* text, char* err, size_t err_bytes) {
@@ -70,23 +76,29 @@ void ptxemu_unload(ptxemu_module* module) {
   delete module;
 }
 
+int ptxemu_describe(const ptxemu_module* module, const char* name, ptxemu_kernel_info* info) {
+  const ptxemu::Kernel* kernel = find_kernel(*module, name);
+  if (!kernel) return 0;
+  info->static_smem = static_cast<unsigned>(kernel->static_shared - ptxemu::SHARED_RESERVED);
+  info->max_threads = kernel->parsed.most_threads;
+  info->min_blocks = kernel->parsed.min_blocks;
+  return 1;
+}
+
 int ptxemu_launch(ptxemu_module* module, const char* name, const ptxemu_config* config, void** parameters,
                   char* err, size_t err_bytes) {
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const auto& kernel : module->module.kernels) {
-    if (kernel->parsed.name != name) continue;
-    try {
-      ptxemu::Launch launch(module->module, *kernel, *config, parameters);
-      launch.run();
-      note_counts(launch);
-      return 0;
-    } catch (const std::exception& error) {
-      report(std::string(name) + ": " + error.what(), err, err_bytes);
-      return 1;
-    }
+  try {
+    const ptxemu::Kernel* kernel = find_kernel(*module, name);
+    if (!kernel) throw ptxemu::Fault("no such kernel");
+    ptxemu::Launch launch(module->module, *kernel, *config, parameters);
+    launch.run();
+    note_counts(launch);
+    return 0;
+  } catch (const std::exception& error) {
+    report(std::string(name) + ": " + error.what(), err, err_bytes);
+    return 1;
   }
-  report(std::string("no kernel ") + name, err, err_bytes);
-  return 1;
 }
 
 void ptxemu_register_memory(const void* start, size_t bytes, const char* name) {

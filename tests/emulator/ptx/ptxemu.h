@@ -24,11 +24,21 @@ typedef struct {
 ptxemu_module* ptxemu_load(const char* ptx_text, char* err, size_t err_bytes);
 void ptxemu_unload(ptxemu_module*);
 
+typedef struct {
+  unsigned static_smem; /* bytes */
+  unsigned max_threads; /* .maxntid, of all axes; 0 if not given */
+  unsigned min_blocks;  /* .minnctapersm, likewise */
+} ptxemu_kernel_info;
+
+/* 0 if the module has no kernel of that name. */
+int ptxemu_describe(const ptxemu_module*, const char* kernel, ptxemu_kernel_info*);
+
 /* `kernel_params` as for cuLaunchKernel: one pointer per .param, whose size the PTX declares. 0 = ok. */
 int ptxemu_launch(ptxemu_module*, const char* kernel, const ptxemu_config*, void** kernel_params, char* err,
                   size_t err_bytes);
 
-/* Once any range is registered, every global access must fall inside a registered range. */
+/* Once any range is registered, every global access must fall inside a registered range. One that is
+   registered twice has to be unregistered twice. */
 void ptxemu_register_memory(const void* start, size_t bytes, const char* name);
 void ptxemu_unregister_memory(const void* start);
 

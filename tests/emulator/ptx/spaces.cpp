@@ -13,6 +13,7 @@ struct Range {
   uint64_t end;
   std::string name;
   bool is_module;
+  int times = 0;  // that it has been registered
 };
 std::map<uint64_t, Range>& ranges() {
   static std::map<uint64_t, Range> all;
@@ -36,16 +37,17 @@ std::string nearest_ranges(uint64_t address) {
 }  // namespace
 
 void register_memory(const void* start, size_t bytes, const std::string& name, bool is_module) {
-  unregister_memory(start);
   const auto begin = reinterpret_cast<uint64_t>(start);
-  ranges()[begin] = {begin + bytes, name, is_module};
-  num_checked += !is_module;
+  const auto [found, is_new] = ranges().try_emplace(begin, Range{begin + bytes, name, is_module});
+  found->second.end = std::max(found->second.end, begin + bytes);
+  ++found->second.times;
+  num_checked += is_new && !is_module;
 }
 
 void unregister_memory(const void* start) {
   last_begin = 1, last_end = 0;
   const auto range = ranges().find(reinterpret_cast<uint64_t>(start));
-  if (range == ranges().end()) return;
+  if (range == ranges().end() || --range->second.times > 0) return;
   num_checked -= !range->second.is_module;
   ranges().erase(range);
 }
