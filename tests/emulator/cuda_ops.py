@@ -44,6 +44,10 @@ TORCH_INCLUDES = (
 )  # fmt: skip
 
 
+# Names a library that was built before, with changes.
+LIBRARY_VARIABLE = "FUSED_VSE_EMULATED_CUDA"
+
+
 class Change(NamedTuple):
     """Of a source, for a library that is not as the sources are."""
 
@@ -131,6 +135,7 @@ class Emulation:
         for name in ("log", "counts", "damage"):
             getattr(self._lib, f"cudaemu_{name}").restype = ctypes.c_char_p
         self._devices: dict[tuple[int, int, int], int] = {}
+        self.statistics: torch.library.Library | None = None  # ops in Python, to be kept alive
 
     def use(
         self, capability: tuple[int, int], multiprocessors: int, seed: int = 0, races: bool = False

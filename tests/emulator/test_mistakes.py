@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from . import ptxemu
 from .products import Edit, product, tma_product
 from .snippets import error_of, pointer

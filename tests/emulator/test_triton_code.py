@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 import triton
 import triton.language as tl
 
@@ -164,7 +167,9 @@ def test_products(capability, seed, dtype, precision, sums, block, warps, transp
 @each_capability
 def test_an_operand_in_registers(capability, seed):
     if capability == 90 and triton.__version__.startswith("3.6."):
-        pytest.skip("Triton 3.6 overwrites registers that a product under way reads; ptxas puts that right")
+        pytest.skip(
+            "Triton 3.6 overwrites registers that a product under way reads; ptxas puts that right"
+        )
     a, b = operand(64, 128, torch.bfloat16), operand(128, 64, torch.bfloat16)
     c = torch.full((64, 64), torch.nan)
     with emulated(capability, seed):
