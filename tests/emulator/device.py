@@ -50,6 +50,14 @@ class Device(NamedTuple):
     def put(self, tensors) -> list[Tensor | None]:
         return [None if x is None else x.to(self.type) for x in tensors]
 
+    def disturbances(self, count: int) -> Iterator[None]:
+        """So many times with other addresses and another timing; in the emulator three, with other schedules
+        unless the seed is 0."""
+        for _ in range(min(count, 3) if self.is_emulated else count):
+            if not self.is_emulated:
+                torch.empty(1 << 26, device=self.type).normal_()
+            yield
+
     def sized(self, case):
         """The case; in the emulator of no more than 300 rows, which are several tiles in both directions."""
         if not self.is_emulated:

@@ -1,6 +1,7 @@
 """pytest: the `device` of a test, options of the emulator, and what of its tests is to run."""
 
 import itertools
+import zlib
 from collections import defaultdict
 
 import pytest
@@ -94,15 +95,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _keep_few(config, items) -> None:
-    """Of the emulated cases of each test only so many, with the same distance between them."""
+    """Of the emulated cases of each test only so many, with the same distance between them; the first one
+    is another for each test."""
     cases = defaultdict(list)
     for item in items:
         if _is_emulated(item):
             cases[item.nodeid.partition("[")[0]].append(item)
     dropped = set()
-    for same in cases.values():
+    for name, same in cases.items():
         count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 2))
-        kept = {round(i * (len(same) - 1) / max(1, count - 1)) for i in range(count)}
+        first = zlib.crc32(name.encode())
+        kept = {(first + i * len(same) // count) % len(same) for i in range(count)}
         dropped.update(item for i, item in enumerate(same) if i not in kept)
     if dropped:
         items[:] = [item for item in items if item not in dropped]
