@@ -14,6 +14,8 @@ from cases import embeddings, ids_of
 import fused_vse
 from fused_vse.backends import cpu, cuda
 
+pytest_plugins = ["emulator.plugin"]
+
 
 def _backend_parameters():
     for name, status in fused_vse.backends().items():

@@ -1,4 +1,4 @@
-"""The small-batch loss of the cuda backend on a GPU: what the emulation cannot show."""
+"""The small-batch loss of the cuda backend, on a GPU or an emulated one."""
 
 import conftest
 import eager
@@ -9,22 +9,19 @@ from cases import (
     TRAINED,
     UPSTREAMS,
     Case,
+    embeddings,
     integer_embeddings,
     trained_embeddings,
 )
-from conftest import assert_same, captured, ids_on, on_gpu
+from conftest import assert_same, captured, ids_on
 from eager import relative
 
-import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 from fused_vse.backends.cuda import SMALL_ROWS
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or not fused_vse.backends()["cuda"].startswith("available"),
-        reason=f"cuda: {fused_vse.backends()['cuda']}",
-    ),
+    # Several tiles of S for each block, and one.
+    pytest.mark.on_device("cuda", ((8, 0), 3), ((9, 0), 4), ((9, 0), 132), few=8),
     pytest.mark.filterwarnings("ignore"),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -54,8 +51,9 @@ def differentiated(name, pair, case, backend="cuda", upstream=1.0, **more):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SIZES, ids=str)
-def test_no_less_accurate_than_eager(name, case, dtype):
-    pair = on_gpu(case, dtype)
+def test_no_less_accurate_than_eager(device, name, case, dtype):
+    case = device.sized(case)
+    pair = device.put(embeddings(case, dtype))
     expected = differentiated(name, [x.double() for x in pair], case, "reference")
     temperature = LOSSES[name][1].get("temperature", 0.1)
     actual = differentiated(name, pair, case)
@@ -72,9 +70,9 @@ def test_no_less_accurate_than_eager(name, case, dtype):
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("name", ["all_negatives", "hardest_smooth"], indirect=True)
-def test_upstream_no_less_accurate_than_eager(name, dtype, upstream):
+def test_upstream_no_less_accurate_than_eager(device, name, dtype, upstream):
     """A gradient scaler's factor saves what would underflow in the embeddings' dtype."""
-    pair = [x.cuda() for x in trained_embeddings(dtype)]
+    pair = device.put(trained_embeddings(dtype))
     options = {"temperature": 0.03, "upstream": upstream}
     wide = [x.double() for x in pair]
     _, *expected = differentiated(name, wide, TRAINED, "reference", **options)
@@ -88,8 +86,8 @@ def test_upstream_no_less_accurate_than_eager(name, dtype, upstream):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_rounded_once(dtype):
-    pair = [x.cuda() for x in trained_embeddings(dtype)]
+def test_gradients_are_rounded_once(device, dtype):
+    pair = device.put(trained_embeddings(dtype))
     small_loss = torch.ops.fused_vse_cuda.small_loss.default
     batch = *pair, None, None, TRAINED.pairs
     options = 0, 10.0, None, 0.0, 1.0, 1.0, True, True, True
@@ -102,8 +100,9 @@ def test_gradients_are_rounded_once(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*SMALL, LARGEST._replace(dim=24)], ids=str)
-def test_integer_embeddings_are_exact(case, dtype):
-    pair, ids = on_gpu(case, dtype, make=integer_embeddings), ids_on("cuda", case)
+def test_integer_embeddings_are_exact(device, case, dtype):
+    case = device.sized(case)
+    pair, ids = device.put(integer_embeddings(case, dtype)), ids_on(device.type, case)
     options = {"image_ids": ids[0], "caption_ids": ids[1], "num_pairs": case.pairs, "margin": 1.0}
     for hardest in (False, True):
         results = []
@@ -120,31 +119,32 @@ def test_integer_embeddings_are_exact(case, dtype):
 
 @pytest.mark.parametrize("case", [CASES[7], CLASSIC, LARGEST], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bitwise_repeatable(name, case, dtype):
-    pair = on_gpu(case, dtype)
+def test_bitwise_repeatable(device, name, case, dtype):
+    case = device.sized(case)
+    pair = device.put(embeddings(case, dtype))
     first = differentiated(name, pair, case)
-    for _ in range(20):
-        torch.empty(1 << 26, device="cuda").normal_()  # other addresses, other timing
+    for _ in device.disturbances(20):
         assert_same(differentiated(name, pair, case), first)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_non_finite_input_surfaces(name, value, dtype):
-    pair = on_gpu(CASES[7], dtype)
+def test_non_finite_input_surfaces(device, name, value, dtype):
+    pair = device.put(embeddings(CASES[7], dtype))
     pair[1][-1, 3] = value
     for result in differentiated(name, pair, CASES[7]):
         assert result.isnan().all()
 
 
-def test_strided_and_misaligned_views(name):
-    images, captions = on_gpu(CLASSIC)
-    expected = differentiated(name, (images, captions), CLASSIC)
-    wide = torch.full((128, 2051), torch.nan, dtype=torch.bfloat16, device="cuda")
+def test_strided_and_misaligned_views(device, name):
+    case = device.sized(CLASSIC)
+    images, captions = device.put(embeddings(case, torch.bfloat16))
+    expected = differentiated(name, (images, captions), case)
+    wide = images.new_full((case.rows, 2 * case.dim + 3), torch.nan)
     wide[:, 3::2] = images
-    shifted = torch.empty(128 * 1024 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(128, 1024)
+    shifted = captions.new_empty(captions.numel() + 1)[1:].view(captions.shape)
     shifted.copy_(captions)
-    assert_same(differentiated(name, (wide[:, 3::2], shifted), CLASSIC), expected)
+    assert_same(differentiated(name, (wide[:, 3::2], shifted), case), expected)
 
 
 def step_of(name, static, case):
@@ -160,11 +160,12 @@ def step_of(name, static, case):
     return step
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [CASES[2], CLASSIC], ids=str)
-def test_cuda_graph(name, case):
-    static = [x.requires_grad_() for x in on_gpu(case)]
+def test_cuda_graph(device, name, case):
+    static = [x.requires_grad_() for x in device.put(embeddings(case, torch.bfloat16))]
     graph, value = captured(step_of(name, static, case))
-    fresh = on_gpu(case, seed=1)
+    fresh = device.put(embeddings(case, torch.bfloat16, 1))
     with torch.no_grad():
         for x, new in zip(static, fresh, strict=True):
             x.copy_(new)
@@ -172,8 +173,9 @@ def test_cuda_graph(name, case):
     assert_same([value, *(x.grad for x in static)], differentiated(name, fresh, case))
 
 
-def test_a_step_has_two_kernels_of_ours(name):
-    static = [x.requires_grad_() for x in on_gpu(CLASSIC)]
+@pytest.mark.gpu
+def test_a_step_has_two_kernels_of_ours(device, name):
+    static = [x.requires_grad_() for x in device.put(embeddings(CLASSIC, torch.bfloat16))]
     step = step_of(name, static, CLASSIC)
     for _ in range(3):
         step()
@@ -189,11 +191,12 @@ def test_a_step_has_two_kernels_of_ours(name):
     assert all("fill" in k.lower() or "memset" in k.lower() for k in others), kernels
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("name", ["all_negatives", "hinge_max"], indirect=True)
-def test_full_graph_compilation(name, mode):
+def test_full_graph_compilation(device, name, mode):
     torch.compiler.reset()  # other tests compile other versions of the same code
-    pair = on_gpu(CLASSIC)
+    pair = device.put(embeddings(CLASSIC, torch.bfloat16))
     expected = differentiated(name, pair, CLASSIC)
     loss, options = LOSSES[name]
     compiled = torch.compile(
@@ -207,8 +210,9 @@ def test_full_graph_compilation(name, mode):
     assert_same(actual, expected)
 
 
-def test_no_synchronisation(name):
-    pair = on_gpu(CLASSIC)
+@pytest.mark.gpu
+def test_no_synchronisation(device, name):
+    pair = device.put(embeddings(CLASSIC, torch.bfloat16))
     differentiated(name, pair, CLASSIC)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -219,10 +223,11 @@ def test_no_synchronisation(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_streams_at_the_same_time(name):
+@pytest.mark.gpu
+def test_streams_at_the_same_time(device, name):
     """Cooperative launches wait for each other; blocks of two of them must not wait in a circle."""
     cases = [CLASSIC, LARGEST, CASES[7], LARGEST._replace(reason="no ids", ids=None)]
-    pairs = [on_gpu(case) for case in cases]
+    pairs = [device.put(embeddings(case, torch.bfloat16)) for case in cases]
     expected = [differentiated(name, pair, case) for pair, case in zip(pairs, cases, strict=True)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in cases]
@@ -236,9 +241,10 @@ def test_streams_at_the_same_time(name):
             assert_same(got, want)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-def test_a_device_that_is_not_the_current_one(name):
-    pair = on_gpu(CASES[7])
+def test_a_device_that_is_not_the_current_one(device, name):
+    pair = device.put(embeddings(CASES[7], torch.bfloat16))
     expected = differentiated(name, pair, CASES[7])
     elsewhere = differentiated(name, [x.to("cuda:1") for x in pair], CASES[7])
     for got, want in zip(elsewhere, expected, strict=True):
@@ -247,8 +253,9 @@ def test_a_device_that_is_not_the_current_one(name):
 
 @pytest.mark.parametrize("factor", [3.0, 2.0**70])  # the squares overflow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_normalize(dtype, factor):
-    pair = [min(factor, torch.finfo(dtype).max / 16) * x for x in on_gpu(CASES[7], dtype)]
+def test_normalize(device, dtype, factor):
+    largest = torch.finfo(dtype).max / 16
+    pair = [min(factor, largest) * x for x in device.put(embeddings(CASES[7], dtype))]
     actual = differentiated("all_negatives", pair, CASES[7], normalize=True)
     wide = [x.double() for x in pair]
     expected = differentiated("all_negatives", wide, CASES[7], "reference", normalize=True)
@@ -271,14 +278,14 @@ def test_normalize(dtype, factor):
         ({"scale_tensor": torch.ones(2)}, "scale_tensor must hold 1 float32"),
     ],
 )
-def test_the_op_itself_names_mistakes(change, message):
+def test_the_op_itself_names_mistakes(device, change, message):
     arguments = dict(
         images=torch.ones(5, 8).half(), captions=torch.ones(6, 8).half(), image_ids=None,
         caption_ids=None, num_pairs=5, kind=0, scale=1.0, scale_tensor=None, margin=0.0,
         image_weight=1.0, caption_weight=1.0, mean=True, need_images=True, need_captions=True,
     )  # fmt: skip
     arguments = {
-        name: x.cuda() if isinstance(x, torch.Tensor) else x
+        name: x.to(device.type) if isinstance(x, torch.Tensor) else x
         for name, x in (arguments | change).items()
     }
     with pytest.raises(RuntimeError, match=message):
