@@ -1,6 +1,6 @@
 // One pass over a piece of S: which tiles, which scores are no negatives', which results are anchors'; where
 // partial results lie, and which of them an anchor merges. Plain arithmetic, shared with
-// tests/hopper_model.cpp.
+// tests/mirrors/hopper_model.cpp.
 #pragma once
 
 #include <cmath>

@@ -40,9 +40,9 @@ def seeds_of(config) -> list[int]:
 
 
 def pytest_generate_tests(metafunc):
-    if "seed" in metafunc.fixturenames:
+    if "schedule" in metafunc.fixturenames:
         seeds = seeds_of(metafunc.config)
-        metafunc.parametrize("seed", seeds, ids=[f"seed{seed}" for seed in seeds])
+        metafunc.parametrize("schedule", seeds, ids=[f"seed{seed}" for seed in seeds])
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", _devices(metafunc), indirect=True, ids=str)
 

@@ -85,49 +85,49 @@ def scaled_a_kernel(a_ptr, b_ptr, c_ptr, K, BM: tl.constexpr, BN: tl.constexpr, 
 
 
 @each_capability
-def test_elementwise(capability, seed):
+def test_elementwise(capability, schedule):
     x, y, out = torch.randn(1000), torch.randn(1000), torch.full((1000,), torch.nan)
-    with emulated(capability, seed):
+    with emulated(capability, schedule):
         add_kernel[(4,)](x, y, out, 1000, BLOCK=256)
     assert torch.equal(out, x + y)
 
 
 @each_capability
-def test_softmax(capability, seed):
+def test_softmax(capability, schedule):
     x, out = torch.randn(13, 100), torch.full((13, 100), torch.nan)
-    with emulated(capability, seed):
+    with emulated(capability, schedule):
         softmax_kernel[(13,)](x, out, 100, BLOCK=128)
     torch.testing.assert_close(out, x.softmax(1), atol=1e-6, rtol=0)
 
 
 @each_capability
 @pytest.mark.parametrize("axis", [0, 1])
-def test_reductions(capability, seed, axis):
+def test_reductions(capability, schedule, axis):
     x = torch.randint(-50, 50, (64, 128)).float()
     length = x.shape[1 - axis]
     total, top = torch.empty(length), torch.empty(length)
     at = torch.empty(length, dtype=torch.int32)
-    with emulated(capability, seed):
+    with emulated(capability, schedule):
         reduce_kernel[(1,)](x, total, top, at, ROWS=64, COLUMNS=128, AXIS=axis)
     assert torch.equal(total, x.sum(axis)) and torch.equal(top, x.amax(axis))
     assert torch.equal(at.long(), (x == x.amax(axis, keepdim=True)).int().argmax(axis))
 
 
 @each_capability
-def test_scan_and_sort(capability, seed):
+def test_scan_and_sort(capability, schedule):
     x = torch.randint(-50, 50, (256,), dtype=torch.int32)
     scan, ordered = torch.empty_like(x), torch.empty_like(x)
-    with emulated(capability, seed):
+    with emulated(capability, schedule):
         scan_sort_kernel[(1,)](x, scan, ordered, N=256)
     assert torch.equal(scan.long(), x.cumsum(0)) and torch.equal(ordered, x.sort().values)
 
 
 @each_capability
-def test_atomics(capability, seed):
+def test_atomics(capability, schedule):
     x = torch.randint(-100, 100, (1000,), dtype=torch.int32)
     total, count = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     best = torch.full((4,), -(2**63), dtype=torch.int64)
-    with emulated(capability, seed):
+    with emulated(capability, schedule):
         atomics_kernel[(8,)](x, total, count, best, 1000, BLOCK=128)
     keys = x.long() * 2**32 + torch.arange(1000)
     assert torch.equal(total.long(), x.view(250, 4).sum(0)) and count.item() == 8
@@ -152,11 +152,11 @@ PRODUCTS = [
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize(("dtype", "precision", "sums", "block", "warps"), PRODUCTS, ids=str)
 @each_capability
-def test_products(capability, seed, dtype, precision, sums, block, warps, transposed):
+def test_products(capability, schedule, dtype, precision, sums, block, warps, transposed):
     if dtype == torch.float8_e4m3fn and capability < 90:
         pytest.skip("no such tensor cores")
     got, want = product(
-        capability, seed, dtype, precision, sums, block, transposed, num_warps=warps
+        capability, schedule, dtype, precision, sums, block, transposed, num_warps=warps
     )
     assert torch.equal(got, want)
     uses_wgmma = any(opcode.startswith("wgmma.mma") for opcode in ptxemu.counts())
@@ -165,14 +165,14 @@ def test_products(capability, seed, dtype, precision, sums, block, warps, transp
 
 
 @each_capability
-def test_an_operand_in_registers(capability, seed):
+def test_an_operand_in_registers(capability, schedule):
     if capability == 90 and triton.__version__.startswith("3.6."):
         pytest.skip(
             "Triton 3.6 overwrites registers that a product under way reads; ptxas puts that right"
         )
     a, b = operand(64, 128, torch.bfloat16), operand(128, 64, torch.bfloat16)
     c = torch.full((64, 64), torch.nan)
-    with emulated(capability, seed):
+    with emulated(capability, schedule):
         scaled_a_kernel[(1,)](a, b, c, 128, BM=64, BN=64, BK=64, num_stages=2)
     assert torch.equal(c.double(), 2 * (a.double() @ b.double()))
 
@@ -180,7 +180,7 @@ def test_an_operand_in_registers(capability, seed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("block", [(128, 128, 64), (64, 64, 32), (64, 32, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_tensor_maps(seed, dtype, block, transposed):
-    got, want = tma_product(seed, dtype, block, transposed)
+def test_tensor_maps(schedule, dtype, block, transposed):
+    got, want = tma_product(schedule, dtype, block, transposed)
     assert torch.equal(got, want)
     assert any(opcode.startswith("cp.async.bulk.tensor") for opcode in ptxemu.counts())

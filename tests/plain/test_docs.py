@@ -13,7 +13,7 @@ import pytest
 
 import fused_vse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 FENCE = re.compile(r"^ *```(\w*)")
 # Pages whose examples need another package.

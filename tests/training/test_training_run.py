@@ -145,7 +145,7 @@ def test_threads_that_wait_sleep():
     shown = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"OMP_DISPLAY_ENV": "true"},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         check=True,

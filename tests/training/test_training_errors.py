@@ -28,7 +28,7 @@ from training.checkpoint import (
 from training.data import InputError
 from training.options import Options
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def fails(capsys, *argv):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_data import TINY, train, write_tiny_data
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = (*TINY, "--loss", "hardest_negative", "--seed", "3")  # the second epoch leaves the warm-up
 
 # Runs the trainer, and sends it a signal at the n-th call of a function.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "hopper_ops.cu"
 triton = pytest.importorskip("triton", reason="Triton, which ships cuobjdump, is not installed")
 cpp_extension = pytest.importorskip("torch.utils.cpp_extension")

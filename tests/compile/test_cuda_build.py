@@ -10,7 +10,7 @@ import pytest
 
 import fused_vse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIBRARY = Path(fused_vse.__file__).parent / "_cuda.abi3.so"
 # The most registers that a kernel may take, and bytes of static shared memory (sm_90 adds 1 KiB, which the
 # system reserves). small_loss_kernel: two blocks of 256 threads on a multiprocessor; the others are bound by

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIBRARY, NOTE = "_cpu.abi3.so", "_cpu.not_built.txt"
 CUDA_NOTE = "_cuda.not_built.txt"
 BUILD_FILES = (
