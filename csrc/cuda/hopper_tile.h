@@ -1,6 +1,7 @@
 // The tiles of the Hopper statistics kernel: their shape, who holds which score, who computes which tile.
 //
-// Everything here is plain arithmetic that the kernel, and the model of it in tests/mirrors/hopper_model.cpp, share.
+// Everything here is plain arithmetic that the kernel, and the model of it in tests/mirrors/hopper_model.cpp,
+// share.
 #pragma once
 
 #include <cstdint>
