@@ -252,6 +252,64 @@ def _gradients(batch: Batch, need_images, need_captions, accumulate):
     return d_images, captions.new_empty(captions.shape, dtype=dtype)
 
 
+def check(batch: Batch, **tensors: Tensor | None) -> None:
+    """What a backend in Python asks of a direct call before a kernel runs: nothing is read out of bounds.
+
+    Args:
+        tensors: the other arguments of the op, by their names.
+
+    Raises:
+        RuntimeError: naming the argument, what it was and what was expected.
+    """
+    images, captions, image_ids, caption_ids = batch[:4]
+    embeddings = {"images": images} | ({} if captions is None else {"captions": captions})
+    for name, x in embeddings.items():
+        _require(x.dim() == 2 and x.numel() > 0, name, x.shape, "two dimensions, not empty")
+        _require(x.is_floating_point() and x.dtype == images.dtype, name, x.dtype, images.dtype)
+    rows, columns = images.shape
+    if captions is not None:
+        _require(captions.shape[1] == columns, "captions", captions.shape, f"[M, {columns}]")
+        columns = captions.shape[0]
+    _require((image_ids is None) == (caption_ids is None), "ids", "one of two", "both or none")
+    anchors, pairs = batch.row_anchors + batch.column_anchors, batch.pair_count
+    for name, value, stop in (
+        ("row_anchors", batch.row_anchors, rows),
+        ("column_anchors", batch.column_anchors, columns),
+        ("pair_count", pairs, min(rows, columns)),
+        ("pair_row", batch.pair_row, rows - pairs),
+        ("pair_column", batch.pair_column, columns - pairs),
+        ("similarity", batch.similarity, max(DOT, ORDER)),
+    ):
+        _require(0 <= value <= stop, name, value, f"0 .. {stop}")
+    accumulation = accumulation_dtype(images.dtype)
+    of_anchors = {"image_ids": image_ids, "caption_ids": caption_ids} | tensors
+    for name, x in of_anchors.items():
+        if x is None:
+            continue
+        size, dtype = anchors, accumulation
+        if name in ("image_ids", "caption_ids", "d_positive"):
+            size = {"image_ids": rows, "caption_ids": columns, "d_positive": pairs}[name]
+        elif name == "scores":
+            size = rows * columns if x.numel() else 0
+        elif name == "scale_tensor":
+            size = None
+        if name in ("image_ids", "caption_ids", "index"):
+            dtype = torch.int64
+        elif name == "log_sum":
+            dtype = torch.float64
+        elif name.startswith("d_") or name == "scale_tensor":
+            dtype = x.dtype if x.is_floating_point() else accumulation
+        expected = [] if size is None else [size]
+        _require(list(x.shape) == expected, name, list(x.shape), expected)
+        _require(x.dtype == dtype, name, x.dtype, dtype)
+        _require(x.device == images.device, name, x.device, images.device)
+
+
+def _require(condition: bool, name: str, got, expected) -> None:
+    if not condition:
+        raise RuntimeError(f"{name}: expected {expected}, got {got}")
+
+
 def define(backend: str, names: Iterable[str] = OPS, prefix: str = "") -> torch.library.Library:
     """Defines ops of torch.ops.fused_vse_<backend>, called <prefix><name>, with their fakes.
 

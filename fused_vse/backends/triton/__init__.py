@@ -1,9 +1,11 @@
 """The Triton backend for CUDA tensors of NVIDIA GPUs from Ampere (sm_80) on.
 
-    tiles.py      the walk over tiles of S         hardest.py, logsumexp.py, hinge.py   one statistic each
+    walk.py       the walk over S, its merge and the gradient of S: three kernels for all statistics
+    hardest.py, logsumexp.py, hinge.py   what they call for one statistic each
+    tiles.py      arguments of the kernels, scores of a tile, negatives
     order.py      the order similarity             configs.py   tile shapes, each with its reason
     rows.py       kernels over embeddings' rows    certified.py  float32 maxima from a bfloat16 product
-    walk.py       launches, workspace, operands    forward.py, gradients.py, backward.py, ops.py  the ops
+    plan.py       launches, workspace, operands    forward.py, backward.py, ops.py  the ops
 
 With TRITON_INTERPRET=1 in the environment when this is imported, the same code takes CPU tensors and
 runs in Triton's interpreter: slow, for tests only.
@@ -13,6 +15,8 @@ import functools
 
 import torch
 
+from ...ops import DOT, Batch
+
 try:
     import triton
 except ImportError as error:
@@ -20,37 +24,21 @@ except ImportError as error:
     _MISSING = f"Triton does not import ({error}); install it with `pip install triton`"
 
 if triton is not None:
-    from .ops import register
+    from .ops import NAMES, register
+    from .plan import set_workspace_bytes, workspace_bytes
     from .tiles import INTERPRETED
-    from .walk import set_workspace_bytes, workspace_bytes
 
     DEVICE = "cpu" if INTERPRETED.value else "cuda"
-    _libraries = register(DEVICE.upper())
+    _library = register(DEVICE.upper())
 else:
     DEVICE = "cuda"
 
-FAMILIES = ("dot", "order", "scores")
-INSTALLED = triton is not None
-
-__all__ = [
-    "DEVICE",
-    "FAMILIES",
-    "INSTALLED",
-    "UNAVAILABLE",
-    "set_workspace_bytes",
-    "workspace_bytes",
-]
-
-
-def __getattr__(name: str):
-    # Late, because looking at the GPU initialises CUDA, which an import must not do.
-    if name == "UNAVAILABLE":
-        return _unavailable()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["DEVICE", "set_workspace_bytes", "workspace_bytes"]
 
 
 @functools.cache
-def _unavailable() -> str | None:
+def unavailable() -> str | None:
+    """Why the backend cannot be used here, with the remedy, or None."""
     if triton is None:
         return _MISSING
     if DEVICE == "cpu":
@@ -69,11 +57,22 @@ def _unavailable() -> str | None:
     return _compile_failure(next(i for i, device in enumerate(devices) if device.major >= 8))
 
 
+def takes(op: str, batch: Batch) -> str | None:
+    """None, or what follows the backend's name in a sentence that says why it does not compute `op`."""
+    return None if op in NAMES else f"has no {op}"
+
+
+def prefers(op: str, batch: Batch) -> bool:
+    """Whether "auto" is to take it: wherever it can."""
+    return True
+
+
 def _compile_failure(device: int) -> str | None:
-    """Runs the smallest kernel: Triton needs a C compiler and a ptxas that knows the GPU."""
+    """Runs a small kernel: Triton needs a C compiler and a ptxas that knows the GPU."""
     try:
         with torch.cuda.device(device):
-            torch.ops.fused_vse_triton.l2_normalize(torch.ones(1, 1, device=device))
+            one = torch.ones(1, 1, device=device)
+            torch.ops.fused_vse_triton.positive_scores(one, one, None, None, 1, 1, 0, 0, 1, DOT)
     except Exception as error:  # noqa: BLE001 - whatever the compiler or the driver raises
         return (
             f"Triton {triton.__version__} does not compile here ({type(error).__name__}: {error});"

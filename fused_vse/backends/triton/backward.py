@@ -1,206 +1,262 @@
 """Host side of the backward ops: what each allocates and launches."""
 
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
-from ...arguments import accumulation_dtype
-from . import configs, hardest, hinge, logsumexp, rows
-from .gradients import (
-    gain_for,
-    gradient_of_scores,
-    gradient_pieces,
-    gradients,
-    needs_gain,
-    on_diagonal,
-    pair_weights,
-    sums,
-)
-from .walk import (
-    Rectangle,
-    Walk,
-    plan,
-    plan_scores,
-    row_blocks,
-    scale_arguments,
-    triton_accumulation,
-    unit_stride,
-)
+from ...ops import ORDER, Batch, accumulation_dtype, check
+from . import configs, hardest, hinge, logsumexp, order
+from .forward import positive_scores
+from .plan import Plan, plan, product, scale_of, terms_of, unit_stride
+from .tiles import Piece, Terms
+from .walk import gradient_kernel
+
+# A float16 gradient of S is lifted to at most 2^15, half of what overflows.
+LARGEST_GRADIENT_EXPONENT = 15
 
 
-def hardest_negatives_backward(
-    d_positive, d_score, positive, index, images, captions, need_images, need_captions,
-    family="dot",
-):  # fmt: skip
-    images, captions = unit_stride(images), unit_stride(captions)
-    d_positive, d_score, index = d_positive.contiguous(), d_score.contiguous(), index.contiguous()
-    sides = ("dot", "dot")
-    if family == "order":
-        sides = ("images", "captions")
-        weights = pair_weights(images, captions, d_positive, d_score, index)
-        d_positive, d_score = weights[0], weights[1:]
-    entries = starts = None
-    if index.shape[1] > configs.MAX_UNLISTED_PAIRS:
-        entries, starts = _entries_by_target(index, len(images), len(captions))
-    upstream = d_positive, d_score, positive, index, entries, starts
-    d_images, d_captions = images.new_empty(0), captions.new_empty(0)
-    if need_images:
-        d_images = _gather(images, captions, 0, sides[0], *upstream)
-    if need_captions:
-        d_captions = _gather(captions, images, 1, sides[1], *upstream)
-    return d_images, d_captions
+class Wanted(NamedTuple):
+    images: bool
+    captions: bool
+    accumulate: bool  # d_captions in the accumulation type
 
 
-def _entries_by_target(index: Tensor, num_images: int, num_captions: int) -> tuple[Tensor, Tensor]:
+def hardest_negatives_backward(batch, score, index, d_positive, d_score, *wanted):
+    check(batch, score=score, index=index, d_positive=d_positive, d_score=d_score)
+    wanted = Wanted(*wanted)
+    if batch.captions is None:
+        walk, terms = plan(batch, "none"), terms_of(index=index, upstream=d_score)
+        return _gradients(hardest, walk, terms, score, d_positive, None, None, wanted)[:2]
+    images, captions = (unit_stride(x.detach()) for x in batch[:2])
+    row_anchors, column_anchors = batch.row_anchors, batch.column_anchors
+    positive = positive_scores(batch) if batch.similarity == ORDER else None
+    index = index.contiguous()
+    anchors = d_positive.contiguous(), positive, d_score.contiguous(), score.contiguous(), index
+    order, starts = None, (None, None)
+    if max(row_anchors, column_anchors) > configs.MAX_UNLISTED_ANCHORS:
+        order, starts = _anchors_by_target(index, row_anchors, len(images), len(captions))
+        starts = starts, starts[len(images) :]
+    sides = (
+        hardest.Side(images, images.stride(0), 0, row_anchors, batch.pair_row),
+        hardest.Side(captions, captions.stride(0), row_anchors, column_anchors, batch.pair_column),
+    )
+    results = _results(batch, wanted)
+    for number, result in enumerate(results):
+        if not wanted[number]:
+            continue
+        others = sides[1 - number]
+        num_rows, num_dimensions = result.shape
+        block_d = min(triton.next_power_of_2(num_dimensions), 512)
+        hardest.hardest_backward_kernel[(num_rows, triton.cdiv(num_dimensions, block_d))](
+            sides[number], others, result, *anchors, order, starts[number],
+            batch.pair_count, row_anchors, len(index), num_dimensions,
+            SIDE=("images", "captions")[number] if batch.similarity == ORDER else "dot",
+            BLOCK_A=triton.next_power_of_2(max(others.num_anchors, 1)) if order is None else 1,
+            BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return results
+
+
+def _anchors_by_target(index: Tensor, row_anchors: int, num_images: int, num_captions: int):
     """Stable counting sort of the anchors by the row of [I; T] that they point at.
 
     Returns:
-        order: the anchors 0 .. 2 K, first those that point at row 0, in ascending order.
-        starts: where the anchors of each row begin in it.
+        order: positions in [R + C], first those that point at row 0, in ascending order.
+        starts: where those of each row begin in it.
     """
-    num_pairs = index.shape[1]
-    keys = index.new_empty(2 * num_pairs, dtype=torch.int32)
-    hardest.target_keys_kernel[(triton.cdiv(2 * num_pairs, 1024),)](
-        index, keys, num_images, num_captions, num_pairs, BLOCK=1024, num_warps=4
+    keys = torch.empty_like(index, dtype=torch.int32)
+    hardest.target_keys_kernel[(triton.cdiv(len(index), 1024),)](
+        index, keys, num_images, num_captions, row_anchors, len(index), BLOCK=1024, num_warps=4
     )
     keys, order = torch.sort(keys, stable=True)
     boundaries = torch.arange(num_images + num_captions + 1, dtype=torch.int32, device=keys.device)
     return order, torch.searchsorted(keys, boundaries)
 
 
-def _gather(
-    own, others, number, side, d_positive, d_score, positive, index, entries, starts
-) -> Tensor:
-    """The gradient of side number 0 (images) or 1 (captions) out of the other side's embeddings."""
-    num_rows, num_dimensions = own.shape
-    num_pairs = index.shape[1]
-    d_own = own.new_empty(own.shape)
-    block_d = min(triton.next_power_of_2(num_dimensions), 512)
-    hardest.hardest_backward_kernel[(num_rows, triton.cdiv(num_dimensions, block_d))](
-        own, others, d_own, d_positive, d_score[number], d_score[1 - number],
-        index[number], index[1 - number], positive, entries, starts,
-        own.stride(0), others.stride(0), num_pairs, num_dimensions,
-        first_start=len(others) if number else 0, shift=0 if number else num_pairs,
-        SIDE=side, LISTED=entries is not None,
-        BLOCK_K=triton.next_power_of_2(num_pairs) if entries is None else 1,
-        BLOCK_D=block_d, ACC=triton_accumulation(others.dtype), num_warps=4,
-    )  # fmt: skip
-    return d_own
-
-
-def hardest_negatives_of_scores_backward(d_positive, d_score, positive, index, scores):
-    d_scores = scores.new_empty(scores.shape)
-    tiles = configs.SPARSE_GRADIENT
-    num_rows, num_columns = scores.shape
-    num_tiles = triton.cdiv(num_rows, tiles["BLOCK_M"]) * triton.cdiv(num_columns, tiles["BLOCK_N"])
-    hardest.hardest_scores_backward_kernel[(num_tiles,)](
-        d_scores, d_positive.contiguous(), d_score.contiguous(), positive, index.contiguous(),
-        num_rows, num_columns, index.shape[1], **tiles,
-    )  # fmt: skip
-    return d_scores
-
-
 def negative_logsumexp_backward(
-    d_positive, d_logsumexp, logsumexp_, scores, images, captions, image_ids, caption_ids,
-    scale, scale_tensor, need_images, need_captions, family="dot",
-):  # fmt: skip
-    walk = _plan(family, images, captions, image_ids, caption_ids, len(d_positive), scores)
-    d_positive, d_logsumexp = d_positive.contiguous(), d_logsumexp.contiguous()
-    gain = None
-    if needs_gain(walk):
-        factor = scale if scale_tensor is None else scale * scale_tensor.detach()
-        gain = gain_for(d_positive.abs().max() + (d_logsumexp.abs().amax(1).sum() * factor).float())
-    pieces = gradient_pieces(walk, scores)
-    d_scale, own = _d_scale(walk, pieces, scale_tensor)
-    each = gradients(
-        logsumexp.logsumexp_gradient_kernel, walk, pieces, scores, gain, own=own,
-        d_positive_ptr=on_diagonal(walk, d_positive),
-        **_logsumexp_arguments(walk, logsumexp_, d_logsumexp, scale, scale_tensor),
-    )  # fmt: skip
-    d_images, d_captions = sums(walk, pieces, each, gain, need_images, need_captions)
-    return d_images, d_captions, d_scale if scale_tensor is None else scale * d_scale.sum()
-
-
-def negative_logsumexp_of_scores_backward(
-    d_positive, d_logsumexp, logsumexp_, scores, image_ids, caption_ids, scale, scale_tensor
+    batch, ceiling, scale, scale_tensor, reference, log_sum, scores, d_positive, d_log_sum, *wanted
 ):
-    walk = plan_scores(scores, image_ids, caption_ids, len(d_positive))
-    pieces = gradient_pieces(walk)
-    d_scale, own = _d_scale(walk, pieces, scale_tensor)
-    d_scores = gradient_of_scores(
-        logsumexp.logsumexp_gradient_kernel, walk, pieces, logsumexp_, own=own,
-        d_positive_ptr=d_positive.contiguous(),
-        **_logsumexp_arguments(walk, logsumexp_, d_logsumexp.contiguous(), scale, scale_tensor),
+    check(
+        batch, ceiling=ceiling, scale_tensor=scale_tensor, reference=reference, log_sum=log_sum,
+        scores=scores, d_positive=d_positive, d_log_sum=d_log_sum,
     )  # fmt: skip
-    return d_scores, d_scale if scale_tensor is None else scale * d_scale.sum()
-
-
-def _logsumexp_arguments(walk, logsumexp_, d_logsumexp, scale, scale_tensor) -> dict:
-    return {
-        "logsumexp_ptr": logsumexp_,
-        "d_logsumexp_ptr": d_logsumexp,
-        "ACC": triton_accumulation(walk.images.dtype),
-        **scale_arguments(scale, scale_tensor),
-    }
-
-
-def _d_scale(walk: Walk, pieces: list[Rectangle], scale_tensor) -> tuple[Tensor, list[dict]]:
-    """d_scale / scale by tiles, with the kernel arguments that leave them there; 0 without scale_tensor."""
-    dtype = accumulation_dtype(walk.images.dtype)
-    if scale_tensor is None:
-        return walk.images.new_zeros((), dtype=dtype), [{"d_scale_ptr": None}] * len(pieces)
-    num_tiles = [walk.num_tiles(piece) for piece in pieces]
-    d_scale = walk.images.new_empty(sum(num_tiles), dtype=dtype)
-    return d_scale, [{"d_scale_ptr": part} for part in d_scale.split(num_tiles)]
+    walk = plan(batch, "stored" if scores.numel() > 0 else None)
+    terms = terms_of(
+        ceiling=ceiling, scale=scale_of(scale, scale_tensor), reference=reference, log_sum=log_sum,
+        upstream=d_log_sum,
+    )  # fmt: skip
+    factor = scale if scale_tensor is None else scale_tensor.detach()
+    gain = _gain(walk, d_positive, d_log_sum, factor)
+    *results, d_scale = _gradients(
+        logsumexp, walk, terms, log_sum, d_positive, scores, gain, Wanted(*wanted)
+    )
+    return *results, d_scale / factor
 
 
 def hinge_sum_backward(
-    d_positive, d_hinge_sum, positive, active, scores, images, captions, image_ids, caption_ids,
-    margin, need_images, need_captions, family="dot",
-):  # fmt: skip
-    walk = _plan(family, images, captions, image_ids, caption_ids, len(d_positive), scores)
-    d_hinge_sum = d_hinge_sum.contiguous()
-    d_diagonal = d_positive - (active * d_hinge_sum).sum(0)
-    gain = None
-    if needs_gain(walk):
-        gain = gain_for(d_diagonal.abs().max() + d_hinge_sum.abs().amax(1).sum())
-    pieces = gradient_pieces(walk, scores)
-    each = gradients(
-        hinge.hinge_gradient_kernel, walk, pieces, scores, gain, own=[{}] * len(pieces),
-        positive_ptr=positive, threshold_ptr=positive - margin, d_sum_ptr=d_hinge_sum,
-        d_diagonal_ptr=on_diagonal(walk, d_diagonal),
-    )  # fmt: skip
-    return sums(walk, pieces, each, gain, need_images, need_captions)
-
-
-def hinge_sum_of_scores_backward(
-    d_positive, d_hinge_sum, positive, active, scores, image_ids, caption_ids, margin
+    batch, ceiling, threshold, hinge_sum, scores, d_positive, d_hinge_sum, *wanted
 ):
-    walk = plan_scores(scores, image_ids, caption_ids, len(d_positive))
-    pieces = gradient_pieces(walk)
-    d_hinge_sum = d_hinge_sum.contiguous()
-    return gradient_of_scores(
-        hinge.hinge_gradient_kernel, walk, pieces, positive, own=[{}] * len(pieces),
-        positive_ptr=positive, threshold_ptr=positive - margin, d_sum_ptr=d_hinge_sum,
-        d_diagonal_ptr=d_positive - (active * d_hinge_sum).sum(0),
+    check(
+        batch, ceiling=ceiling, threshold=threshold, hinge_sum=hinge_sum, scores=scores,
+        d_positive=d_positive, d_hinge_sum=d_hinge_sum,
+    )  # fmt: skip
+    walk = plan(batch, "stored" if scores.numel() > 0 else None)
+    terms = terms_of(ceiling=ceiling, threshold=threshold, upstream=d_hinge_sum)
+    gain = _gain(walk, d_positive, d_hinge_sum)
+    wanted = Wanted(*wanted)
+    return _gradients(hinge, walk, terms, hinge_sum, d_positive, scores, gain, wanted)[:2]
+
+
+def _gain(walk: Plan, d_positive, upstream, factor: float | Tensor = 1.0) -> Tensor | None:
+    """[2]: the power of two that lifts a float16 gradient of S to 2^14 .. 2^15, and its inverse.
+
+    Without it, the gradient underflows as soon as 1 / N is folded in. With it, entries below 2^-39 of the
+    largest possible one vanish: unless that is beyond 2^15, less than the smallest float16.
+    """
+    if walk.given or walk.order or walk.batch.images.dtype != torch.float16:
+        return None
+    parts = d_positive, *(upstream * factor).split(walk.batch[4:6])
+    bound = sum(x.abs().amax().float() for x in parts if x.numel() > 0)
+    bound = torch.as_tensor(bound, dtype=torch.float32, device=d_positive.device)
+    exponent = (LARGEST_GRADIENT_EXPONENT - bound.log2().ceil()).clamp(-100, 100)
+    return torch.stack([exponent, -exponent]).exp2()
+
+
+def _results(batch: Batch, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    """Room for d_images and d_captions."""
+    images, captions = batch[:2]
+    d_images = images.new_empty(images.shape if wanted.images else 0)
+    if captions is None or not wanted.captions:
+        return d_images, images.new_empty(0)
+    dtype = accumulation_dtype(captions.dtype) if wanted.accumulate else captions.dtype
+    return d_images, captions.new_empty(captions.shape, dtype=dtype)
+
+
+def _gradients(
+    statistic: ModuleType,
+    walk: Plan,
+    terms: Terms,
+    values: Tensor,
+    d_positive: Tensor,
+    kept: Tensor | None,
+    gain: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_images and d_captions by way of the gradient of S, and what the weights give of d_scale.
+
+    Args:
+        values: the statistic, NaN where the input is poisoned.
+        kept: S from the forward pass, unless that is empty.
+    """
+    pieces = _pieces(walk, kept)
+    num_tiles = [rows * columns for rows, columns in map(walk.tile_counts, pieces)]
+    d_scale = walk.new(sum(num_tiles))
+    shares = d_scale.split(num_tiles) if statistic is logsumexp else [None] * len(pieces)
+    values, d_positive = values.contiguous(), d_positive.contiguous()
+    buffer = _gradient_buffer(walk, pieces)
+
+    def each() -> Iterator[tuple[Piece, Tensor]]:
+        """The gradient of one piece of S after the other."""
+        for (piece, scores), share in zip(walk.scores_of(pieces, kept), shares, strict=True):
+            if walk.source == "stored" and not walk.given and kept.numel() == 0:
+                walk.multiply(piece, scores)
+            gradient = buffer[piece.row_start :]
+            if not walk.given:
+                height, pitch = piece.row_stop - piece.row_start, _pitch(piece)
+                gradient = buffer[: height * pitch].view(height, pitch)[:, : piece.num_columns]
+            walk.launch(
+                gradient_kernel, piece, scores, terms, values, d_positive,
+                gradient, gradient.stride(0), gain, share,
+                CONSTANTS=statistic.constants, WEIGHTS=statistic.weights, ORDER=walk.order,
+            )  # fmt: skip
+            yield piece, gradient
+
+    results = _results(walk.batch, wanted)
+    if walk.given:
+        for _ in each():
+            pass
+        results = (buffer if wanted.images else results[0]), results[1]
+    else:
+        _add_products(walk, each(), len(pieces), gain, *results)
+    return *results, d_scale.sum()
+
+
+def _gradient_dtype(walk: Plan) -> torch.dtype:
+    """That of the matrix products to follow; the weights over distances of `order` may be of any size."""
+    return walk.accumulation if walk.order else walk.batch.images.dtype
+
+
+def _gradient_buffer(walk: Plan, pieces: list[Piece]) -> Tensor:
+    """Room for the gradient of given scores, or of any one of the pieces."""
+    if walk.given:
+        return walk.batch.images.new_empty(walk.batch.images.shape)
+    largest = max((p.row_stop - p.row_start) * _pitch(p) for p in pieces)
+    return walk.new(largest, dtype=_gradient_dtype(walk))
+
+
+def _pitch(piece: Piece) -> int:
+    """Rows begin on 16-byte boundaries, for wide stores and fast matrix products."""
+    return triton.cdiv(piece.num_columns, 16) * 16
+
+
+def _add_products(walk: Plan, each, num_pieces: int, gain, d_images, d_captions) -> None:
+    """d_images and d_captions, where they are not empty, from `each` piece's gradient, summed in the
+    accumulation type. For the dot product they are G T and G^t I."""
+    images, captions = walk.batch[:2]
+    total = d_captions
+    if (num_pieces > 1 or gain is not None) and d_captions.dtype != walk.accumulation:
+        total = torch.empty_like(d_captions, dtype=walk.accumulation)
+    for number, (piece, gradient) in enumerate(each):
+        chunk, seen = slice(piece.row_start, piece.row_stop), slice(piece.num_columns)
+        if walk.order:
+            if d_images.numel() > 0:
+                _order_sums("images", gradient, images[chunk], captions[seen], d_images[chunk])
+            if total.numel() > 0:
+                _order_sums(
+                    "captions", gradient.t(), captions[seen], images[chunk], total[seen], number > 0
+                )
+            continue
+        if d_images.numel() > 0 and gain is None:
+            product(gradient, captions[seen], d_images[chunk])
+        elif d_images.numel() > 0:
+            lifted = torch.empty_like(d_images[chunk], dtype=walk.accumulation)
+            product(gradient, captions[seen], lifted)
+            torch.mul(lifted, gain[1], out=d_images[chunk])
+        if total.numel() > 0:
+            product(gradient.t(), images[chunk], total[seen], accumulate=number > 0)
+    if gain is not None:
+        torch.mul(total, gain[1], out=d_captions)
+    elif total is not d_captions:
+        d_captions.copy_(total)
+
+
+def _order_sums(side, weights, own, others, total, accumulate: bool = False) -> None:
+    """total [own rows, D] = or, if `accumulate`, += what `others` pull at `own`, weighted."""
+    is_double = weights.dtype == torch.float64
+    blocks = configs.ORDER_SUMS_FLOAT64 if is_double else configs.ORDER_SUMS
+    num_rows, num_dimensions = own.shape
+    grid = triton.cdiv(num_rows, blocks["BLOCK_R"]), triton.cdiv(num_dimensions, blocks["BLOCK_D"])
+    order.order_sums_kernel[grid](
+        own, others, weights, total, own.stride(0), others.stride(0), *weights.stride(),
+        num_rows, len(others), num_dimensions, SIDE=side, CARRY=accumulate, **blocks,
     )  # fmt: skip
 
 
-def _plan(family, images, captions, image_ids, caption_ids, num_pairs, scores) -> Walk:
-    return plan(
-        family, images, captions, image_ids, caption_ids, num_pairs,
-        saved_scores=scores.numel() > 0,
-    )  # fmt: skip
-
-
-def l2_normalize_backward(d_normalized, normalized, inverse_norm):
-    d_normalized, normalized = unit_stride(d_normalized), unit_stride(normalized)
-    num_rows, num_dimensions = normalized.shape
-    d_rows = normalized.new_empty(normalized.shape)
-    blocks = row_blocks(num_dimensions)
-    rows.l2_normalize_backward_kernel[(triton.cdiv(num_rows, blocks["BLOCK_R"]),)](
-        d_normalized, normalized, inverse_norm, d_rows, d_normalized.stride(0), normalized.stride(0),
-        num_rows, num_dimensions,
-        **blocks, ACC=triton_accumulation(normalized.dtype), num_warps=4,
-    )  # fmt: skip
-    return d_rows
+def _pieces(walk: Plan, kept: Tensor | None) -> list[Piece]:
+    """Those whose gradient, and scores unless they are at hand, fit. No row and no column is in none: at
+    least one column goes with each row, and one row with each column."""
+    batch = walk.batch
+    row_anchors = max(batch.row_anchors, 1)
+    if walk.given:
+        return walk.pieces(1, row_anchors, walk.num_columns)  # in place: nothing to fit
+    entry_bytes = _gradient_dtype(walk).itemsize
+    if walk.source == "stored" and kept.numel() == 0:
+        entry_bytes *= 2
+    columns = max(batch.column_anchors, 1)
+    if batch.pair_row + batch.pair_count > row_anchors:
+        columns = max(columns, batch.pair_column + batch.pair_count)
+    return walk.pieces(entry_bytes * (walk.num_columns + 15), row_anchors, columns)

@@ -1,19 +1,18 @@
 """The few tile shapes that the kernels run with, each with its reason. Nothing is tuned at run time.
 
-`programs_per_sm` programs share a multiprocessor, which tests/test_triton_compile.py checks against the
-registers and the shared memory that each kernel takes on sm_80 and sm_90.
+`programs_per_sm` programs share a multiprocessor, which tests/compile/test_triton_compile.py checks
+against the registers and the shared memory that each kernel takes on sm_80 and sm_90.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from ..fakes import MAX_SAVED_SCORES
+from ...ops import MAX_SAVED_SCORES
 
 # Of a multiprocessor and of a thread, on every GPU from sm_80 on.
 REGISTERS, MOST_REGISTERS = 65536, 255
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What the choice depends on."""
 
     multiprocessors: int
@@ -21,8 +20,9 @@ class Device:
     interpreted: bool = False
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
+    """Part of the code: a kernel's argument TILES."""
+
     block_m: int
     block_n: int
     block_k: int
@@ -31,9 +31,10 @@ class Tiles:
     programs_per_sm: int
     group: int = 8
     # How often a gradient's tile is halved before its entries are computed: what
-    # tests/test_triton_compile.py needs to see no spills.
+    # tests/compile/test_triton_compile.py needs to see no spills.
     halvings: int = 2
     tma: bool = False  # the bulk copy engine of sm_90 loads the operands
+    precision: str = "ieee"  # of tl.dot, for float32 operands
 
     @property
     def registers(self) -> int:
@@ -46,23 +47,25 @@ class Tiles:
 # of (128 + 128) x 64 x 2 bytes are 96 KiB of the 227 KiB that Hopper has.
 LARGE = Tiles(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2)
 # Without the addresses of its loads a kernel has 32 registers a thread more for its epilogue.
-LARGE_TMA = replace(LARGE, tma=True)
+LARGE_TMA = LARGE._replace(tma=True)
 # N ~ 1024: 64 tiles of 128 x 128 would leave half of the multiprocessors idle.
 MEDIUM = Tiles(64, 64, 64, num_warps=4, num_stages=4, programs_per_sm=2)
 # N <= 512: latency; as many programs as there are, and few steps along D.
 SMALL = Tiles(32, 32, 128, num_warps=4, num_stages=3, programs_per_sm=2)
 
 # float32 operands are twice as wide.
-LARGE_TF32 = Tiles(128, 128, 32, num_warps=4, num_stages=3, programs_per_sm=2)
-LARGE_TF32_TMA = replace(LARGE_TF32, tma=True)
-MEDIUM_TF32 = Tiles(64, 64, 32, num_warps=4, num_stages=4, programs_per_sm=2)
-SMALL_TF32 = Tiles(32, 32, 64, num_warps=4, num_stages=3, programs_per_sm=2)
+LARGE_TF32 = Tiles(128, 128, 32, num_warps=4, num_stages=3, programs_per_sm=2, precision="tf32")
+LARGE_TF32_TMA = LARGE_TF32._replace(tma=True)
+MEDIUM_TF32 = Tiles(64, 64, 32, num_warps=4, num_stages=4, programs_per_sm=2, precision="tf32")
+SMALL_TF32 = Tiles(32, 32, 64, num_warps=4, num_stages=3, programs_per_sm=2, precision="tf32")
 
 # Scores read from memory: as wide as coalescing likes, small enough for float64 in registers.
 STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
 # Scores that are given, in bulk: 32 a thread, so that 16 KiB of bfloat16 are under way on a multiprocessor,
 # and that their magnitudes fit into registers next to them.
 GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
+# The gradient of given scores where it is sparse: written once, 512 bytes of bfloat16 to a row.
+SPARSE = Tiles(16, 256, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=0)
 # Order similarity: three instructions a difference. With fewer rows or columns than threads Triton loads
 # both operands in the layout of the tile; beyond, it would exchange them through shared memory.
 ORDER = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
@@ -77,10 +80,8 @@ MERGE = {"BLOCK_S": 32, "BLOCK_A": 32, "num_warps": 4}
 # Gradients of the order similarity: 16 accumulators a thread; in float64 4, or the stack is used.
 ORDER_SUMS = {"BLOCK_R": 32, "BLOCK_D": 64, "BLOCK_J": 64, "num_warps": 4}
 ORDER_SUMS_FLOAT64 = {"BLOCK_R": 16, "BLOCK_D": 32, "BLOCK_J": 64, "num_warps": 4}
-# The gradient of given scores where it is sparse: written once, 512 bytes of bfloat16 to a row.
-SPARSE_GRADIENT = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 4}
-# Up to this many pairs, the sparse backward pass finds its entries by looking through all of them.
-MAX_UNLISTED_PAIRS = 1024
+# Up to this many anchors of a side, the sparse backward pass finds its entries by looking through all.
+MAX_UNLISTED_ANCHORS = 1024
 
 
 # The certified search takes over where the large tiles do, as long as a program can look at all tiles of
@@ -91,13 +92,22 @@ MAX_RESCORED_PER_ANCHOR = 32
 RESCORE = {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4}
 
 
-def tiles_for(kind: str, num_rows: int, num_columns: int, device: Device) -> Tiles:
-    """`kind`: "bf16" for 16-bit operands, "tf32", "exact"; "stored", "given"; "order", "order_float64"."""
+def tiles_for(
+    kind: str, num_rows: int, num_columns: int, device: Device, crowded: bool = False
+) -> Tiles:
+    """
+    Args:
+        kind: "bf16" for 16-bit operands, "tf32", "exact"; "stored", "given", "none"; "order",
+            "order_float64".
+        crowded: two vectors belong to each side of a tile, for which LARGE has no registers left.
+    """
     if device.interpreted:
         # The order similarity goes through a block of D one by one, zeros at its end included.
-        return replace(INTERPRETER, block_k=8) if kind.startswith("order") else INTERPRETER
+        return INTERPRETER._replace(block_k=8) if kind.startswith("order") else INTERPRETER
     if kind == "stored":
         return STORED
+    if kind == "none":
+        return SPARSE
     if kind == "exact":
         return EXACT
     if kind == "order_float64":
@@ -110,8 +120,8 @@ def tiles_for(kind: str, num_rows: int, num_columns: int, device: Device) -> Til
         "bf16": (LARGE, LARGE_TMA, MEDIUM, SMALL),
         "tf32": (LARGE_TF32, LARGE_TF32_TMA, MEDIUM_TF32, SMALL_TF32),
     }[kind]
-    # Up to MAX_SAVED_SCORES the kernels may have scores to save, for which LARGE has no registers left.
-    if num_rows * num_columns > MAX_SAVED_SCORES:
+    # Up to MAX_SAVED_SCORES the kernels may have scores to save, for which there are none either.
+    if num_rows * num_columns > MAX_SAVED_SCORES and not crowded:
         return large_tma if device.capability >= 9 else large
     if num_rows * num_columns >= device.multiprocessors * medium.block_m * medium.block_n:
         return medium

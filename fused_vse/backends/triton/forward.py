@@ -1,261 +1,161 @@
 """Host side of the forward ops: what each allocates and launches."""
 
-import functools
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 import triton
 from torch import Tensor
 
-from ...arguments import accumulation_dtype
-from ..fakes import MAX_SAVED_SCORES
+from ...ops import MAX_SAVED_SCORES, ORDER, Batch, accumulation_dtype, check
 from . import certified, configs, hardest, hinge, logsumexp, rows
-from .walk import (
-    Survey,
-    Walk,
+from .plan import (
+    Plan,
     device_of,
-    dot_operand,
-    matrix_of,
-    multiply,
-    piece_scores,
     plan,
-    plan_scores,
     row_blocks,
-    scale_arguments,
-    score_scratch,
+    scale_of,
     survey,
-    triton_accumulation,
+    terms_of,
     unit_stride,
+    with_operands,
 )
+from .tiles import Bounds, Partials, Piece, Terms
+from .walk import NO_GUARD, Guard, merge_kernel, walk_kernel
 
 
-def hardest_negatives(images, captions, image_ids, caption_ids, num_pairs, family="dot"):
-    walk = plan(family, images, captions, image_ids, caption_ids, num_pairs)
-    seen = survey(walk)
-    score, index = _hardest_results(seen)
-    device = device_of(images.device)
+def positive_scores(batch: Batch) -> Tensor:
+    check(batch)
+    images, captions = batch.images.detach(), batch.captions
+    row, column, count = batch.pair_row, batch.pair_column, batch.pair_count
+    dtype = accumulation_dtype(images.dtype)
+    if captions is None:
+        block = images[row : row + count, column : column + count]
+        return block.diagonal().to(dtype, copy=True)
+    images, captions = unit_stride(images)[row:], unit_stride(captions.detach())[column:]
+    positive = images.new_empty(count, dtype=dtype)
+    blocks = row_blocks(images.shape[1])
+    if count > 0:
+        rows.pair_scores_kernel[(triton.cdiv(count, blocks["BLOCK_R"]),)](
+            images, captions, positive, images.stride(0), captions.stride(0), count,
+            images.shape[1], ORDER=batch.similarity == ORDER, **blocks, num_warps=4,
+        )  # fmt: skip
+    return positive
+
+
+def hardest_negatives(batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
+    check(batch, ceiling=ceiling)
+    walk, terms = plan(batch), terms_of(ceiling=ceiling)
+    results = walk.new(walk.num_anchors), walk.new(walk.num_anchors, dtype=torch.int64)
+    device = device_of(batch.images.device)
+    shape = walk.num_rows, walk.num_columns
     if (
-        images.dtype == torch.float32
-        and walk.source == "stored"
-        and configs.search_pays(len(images), len(captions), device)
-    ):
-        work, work_limit = _certified_search(walk, seen, score, index)
-        tiles = configs.tiles_for("exact", len(images), len(captions), device)
-        operands = dot_operand(walk.images, tiles), dot_operand(walk.captions, tiles)
-        walk = walk._replace(operands=operands, tiles=tiles, source="dot")
-        _hardest(walk, seen, score, index, work, work_limit)
+        (walk.source, batch.images.dtype, ceiling) == ("stored", torch.float32, None)
+        and configs.search_pays(*shape, device)
+    ):  # fmt: skip
+        bounds, guard = _certified_search(walk, terms, results)
+        exact = walk._replace(source="dot", tiles=configs.tiles_for("exact", *shape, device))
+        _statistic(hardest, with_operands(exact), terms, bounds, results, guard=guard)
     else:
-        _hardest(walk, seen, score, index)
-    return seen.positive, score, index
+        _statistic(hardest, walk, terms, survey(walk)[0], results)
+    return results
 
 
-def hardest_negatives_of_scores(scores, image_ids, caption_ids, num_pairs):
-    walk = plan_scores(scores, image_ids, caption_ids, num_pairs)
-    seen = survey(walk)
-    score, index = _hardest_results(seen)
-    _hardest(walk, seen, score, index, given=scores)
-    return seen.positive, score, index
+def negative_logsumexp(batch, ceiling, scale, scale_tensor, save_scores):
+    check(batch, ceiling=ceiling, scale_tensor=scale_tensor)
+    walk = plan(batch)
+    terms = terms_of(ceiling=ceiling, scale=scale_of(scale, scale_tensor))
+    results = walk.new(walk.num_anchors), walk.new(walk.num_anchors, dtype=torch.float64)
+    kept = _kept(walk, save_scores)
+    _statistic(logsumexp, walk, terms, survey(walk)[0], results, kept)
+    return *results, kept
 
 
-def _hardest_results(seen: Survey) -> tuple[Tensor, Tensor]:
-    score = seen.positive.new_empty(2, len(seen.positive))
-    return score, score.new_empty(score.shape, dtype=torch.int64)
+def hinge_sum(batch, ceiling, threshold, save_scores):
+    check(batch, ceiling=ceiling, threshold=threshold)
+    walk = plan(batch, crowded=ceiling is not None)
+    terms = terms_of(ceiling=ceiling, threshold=threshold)
+    results = walk.new(walk.num_anchors), walk.new(walk.num_anchors, dtype=torch.int64)
+    kept = _kept(walk, save_scores)
+    _statistic(hinge, walk, terms, survey(walk)[0], results, kept)
+    return *results, kept
 
 
-def _hardest(walk, seen, score, index, work=None, work_limit=None, given=None) -> None:
-    """With `work`, only if the certified search went beyond `work_limit`."""
-    guard = {"work_ptr": work, "work_limit": work_limit, "GUARDED": work is not None}
-    merge = functools.partial(
-        _merge, hardest.hardest_merge_kernel, walk, seen, score_ptr=score, index_ptr=index, **guard
-    )
-    _forward(hardest.hardest_kernel, merge, walk, seen, given, RUNNER_UP=False, **guard)
+def _kept(walk: Plan, save_scores: bool) -> Tensor:
+    numel = walk.num_rows * walk.num_columns
+    is_kept = save_scores and not walk.given and numel <= MAX_SAVED_SCORES
+    return walk.new(numel if is_kept else 0)
 
 
-def _certified_search(walk: Walk, seen: Survey, score: Tensor, index: Tensor) -> tuple[Tensor, int]:
-    """Fills score and index. Where work[0] > work_limit afterwards, they hold nothing of use."""
-    device = device_of(score.device)
-    tiles = configs.tiles_for("bf16", len(walk.images), len(walk.captions), device)
-    images, captions = (
-        _quantize(walk.images, tiles.block_k),
-        _quantize(walk.captions, tiles.block_k),
-    )
-    search = walk._replace(operands=(images.rounded, captions.rounded), tiles=tiles, source="dot")
-    work = torch.zeros(1, dtype=torch.int64, device=score.device)
-    pieces = sum(1 for _ in search.rectangles(_partial_bytes(search, planes=3)))
-    work_limit = configs.MAX_RESCORED_PER_ANCHOR * 2 * walk.num_pairs * pieces
+def _pieces(walk: Plan, planes: int, kept: Tensor | None = None) -> list[Piece]:
+    """Those whose partial results, and scores where they are neither kept nor in registers, fit."""
+    row_anchors, column_anchors = walk.batch[4:6]
+    slots = triton.cdiv(walk.num_columns, walk.tiles.block_n)
+    slots += triton.cdiv(column_anchors, walk.tiles.block_m)
+    entries = planes * slots
+    if walk.source == "stored" and (kept is None or kept.numel() == 0):
+        entries += walk.num_columns
+    return walk.pieces(entries * walk.accumulation.itemsize, row_anchors, column_anchors)
 
-    def rescore(num_rows, num_columns, row_slots, column_slots, **arguments):
-        block_s = triton.next_power_of_2(max(row_slots, column_slots))
-        certified.rescore_kernel[(max(num_rows, walk.num_pairs), 2)](
-            images_ptr=walk.images, captions_ptr=walk.captions,
-            image_ids_ptr=walk.image_ids, caption_ids_ptr=walk.caption_ids,
-            image_norms_ptr=images.norms, caption_norms_ptr=captions.norms,
-            image_bounds_ptr=images.bounds, caption_bounds_ptr=captions.bounds,
-            bounds_ptr=seen.bounds, positive_ptr=seen.positive, score_ptr=score, index_ptr=index,
-            work_ptr=work, work_limit=work_limit,
-            stride_images=walk.images.stride(0), stride_captions=walk.captions.stride(0),
-            num_rows=num_rows, num_columns=num_columns, row_slots=row_slots, column_slots=column_slots,
-            num_pairs=walk.num_pairs, num_images=len(walk.images), num_captions=len(walk.captions),
-            num_bounds=seen.num_bounds, num_image_bounds=images.num_bounds,
-            num_caption_bounds=captions.num_bounds, D=walk.images.shape[1],
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_S=block_s,
-            **arguments, **configs.RESCORE,
+
+def _statistic(
+    statistic: ModuleType,
+    walk: Plan,
+    terms: Terms,
+    bounds: Bounds,
+    results: tuple[Tensor, Tensor],
+    kept: Tensor | None = None,
+    guard: Guard = NO_GUARD,
+) -> None:
+    """Runs the walk over S, and after every piece the merge. `kept`: where to leave S, unless empty."""
+    blocks = triton.cdiv(max(walk.batch[4:6]), configs.MERGE["BLOCK_A"])
+    for piece, slots, *counts in _walk(statistic, walk, terms, bounds, 2, kept, guard):
+        merge_kernel[(blocks, 2)](
+            piece, terms, slots, *results, bounds, guard, *counts,
+            CONSTANTS=statistic.constants, EMPTY=statistic.EMPTY, MERGE=statistic.merge,
+            FINISH=statistic.finish, SOURCE=walk.source, **configs.MERGE,
         )  # fmt: skip
 
-    _forward(
-        hardest.hardest_kernel, rescore, search, seen, None,
-        work_ptr=None, work_limit=None, RUNNER_UP=True, GUARDED=False,
-    )  # fmt: skip
-    return work, work_limit
 
+def _walk(statistic: ModuleType, walk: Plan, terms, bounds, planes: int, kept=None, guard=NO_GUARD):
+    """The walk over one piece of S after the other.
 
-class _Quantized(NamedTuple):
-    rounded: Tensor  # [rows, D] bfloat16, with zeros up to a multiple of the tiles' BLOCK_K
-    norms: Tensor  # [2, rows] squared norms of the rows and of what the rounding took
-    bounds: Tensor  # [2, SURVEY_PROGRAMS] int32, maxima of norms
-    num_bounds: int
-
-
-def _quantize(embeddings: Tensor, block_k: int) -> _Quantized:
-    num_rows, num_dimensions = embeddings.shape
-    pitch = triton.cdiv(num_dimensions, block_k) * block_k
-    rounded = embeddings.new_zeros((num_rows, pitch), dtype=torch.bfloat16)
-    norms = embeddings.new_empty(2, num_rows)
-    programs = rows.SURVEY_PROGRAMS.value
-    bounds = embeddings.new_empty((2, programs), dtype=torch.int32)
-    blocks = row_blocks(num_dimensions)
-    num_bounds = min(triton.cdiv(num_rows, blocks["BLOCK_R"]), programs)
-    certified.quantize_kernel[(num_bounds,)](
-        embeddings, rounded, norms, bounds, embeddings.stride(0), pitch, num_rows, num_dimensions,
-        **blocks, num_warps=4,
-    )  # fmt: skip
-    return _Quantized(rounded, norms, bounds, num_bounds)
-
-
-def negative_logsumexp(
-    images, captions, image_ids, caption_ids, num_pairs, scale, scale_tensor, save_scores,
-    family="dot",
-):  # fmt: skip
-    walk = plan(family, images, captions, image_ids, caption_ids, num_pairs)
-    scores = _saved_scores(walk, save_scores)
-    return *_logsumexp(walk, scores, scale, scale_tensor), scores
-
-
-def negative_logsumexp_of_scores(scores, image_ids, caption_ids, num_pairs, scale, scale_tensor):
-    walk = plan_scores(scores, image_ids, caption_ids, num_pairs)
-    return _logsumexp(walk, scores, scale, scale_tensor)
-
-
-def _logsumexp(walk, scores, scale, scale_tensor) -> tuple[Tensor, Tensor]:
-    seen = survey(walk)
-    result = seen.positive.new_empty((2, walk.num_pairs), dtype=torch.float64)
-    merge = functools.partial(
-        _merge, logsumexp.logsumexp_merge_kernel, walk, seen, logsumexp_ptr=result
-    )
-    _forward(
-        logsumexp.logsumexp_kernel, merge, walk, seen, scores,
-        num_bounds=seen.num_bounds, **scale_arguments(scale, scale_tensor),
-        # The bounds that one exp needs are those of the dot product.
-        num_anchors=max(len(walk.images), len(walk.captions)), ONE_EXP=walk.source == "dot",
-        ACC=triton_accumulation(walk.images.dtype),
-    )  # fmt: skip
-    return seen.positive, result
-
-
-def hinge_sum(
-    images, captions, image_ids, caption_ids, num_pairs, margin, save_scores, family="dot"
-):
-    walk = plan(family, images, captions, image_ids, caption_ids, num_pairs)
-    scores = _saved_scores(walk, save_scores)
-    return *_hinge(walk, scores, margin), scores
-
-
-def hinge_sum_of_scores(scores, image_ids, caption_ids, num_pairs, margin):
-    return _hinge(plan_scores(scores, image_ids, caption_ids, num_pairs), scores, margin)
-
-
-def _hinge(walk, scores, margin) -> tuple[Tensor, Tensor, Tensor]:
-    seen = survey(walk)
-    total = seen.positive.new_empty(2, walk.num_pairs)
-    active = total.new_empty(total.shape, dtype=torch.int64)
-    merge = functools.partial(
-        _merge, hinge.hinge_merge_kernel, walk, seen, sum_ptr=total, active_ptr=active
-    )
-    threshold = seen.positive - margin
-    _forward(hinge.hinge_kernel, merge, walk, seen, scores, threshold_ptr=threshold)
-    return seen.positive, total, active
-
-
-def _saved_scores(walk: Walk, save_scores: bool) -> Tensor:
-    numel = len(walk.images) * len(walk.captions)
-    if not save_scores or numel > MAX_SAVED_SCORES:
-        numel = 0
-    return walk.images.new_empty(numel, dtype=accumulation_dtype(walk.images.dtype))
-
-
-def _forward(kernel, merge, walk: Walk, seen: Survey, scores: Tensor | None, **arguments) -> None:
-    """Runs `kernel` over S and `merge` after every rectangle.
-
-    `scores` is S where it is given; else where to leave it, unless that is empty or None. The partial
-    results of the columns carry over from one rectangle to the next in slot 0.
+    Yields:
+        Each piece with its partial results and how many slots they have: of the rows, from where to where of
+        the columns. The columns' carry over from one piece to the next in slot 0.
     """
-    dtype = accumulation_dtype(walk.images.dtype)
-    planes = 3 if arguments.get("RUNNER_UP") else 2
-    bytes_per_row = _partial_bytes(walk, planes)
-    at_hand = matrix_of(walk, scores)
-    if walk.source == "stored" and at_hand is None:
-        bytes_per_row += len(walk.captions) * dtype.itemsize
-    pieces = list(walk.rectangles(bytes_per_row))
-    row_partial = walk.images.new_empty(
-        max(walk.column_tiles(p) * (p.row_stop - p.row_start) for p in pieces) * planes, dtype=dtype
-    )
-    column_partial = walk.images.new_empty(
-        (max(walk.row_tiles(p) for p in pieces) + 1) * planes * walk.num_pairs, dtype=dtype
-    )
-    scratch = score_scratch(walk, pieces, at_hand)
-    for number, piece in enumerate(pieces):
-        part = piece_scores(piece, at_hand, scratch)
+    pieces = _pieces(walk, planes, kept)
+    tiles = [walk.tile_counts(piece) for piece in pieces]
+    heights = [piece.row_stop - piece.row_start for piece in pieces]
+    base = max((n * height for (_, n), height in zip(tiles, heights, strict=True)), default=0)
+    size = base + (max((n for n, _ in tiles), default=0) + 1) * walk.batch.column_anchors
+    second = torch.int32 if isinstance(statistic.EMPTY[1], int) else None
+    third = walk.new(size) if planes == 3 else None
+    slots = Partials(walk.new(size), walk.new(size, dtype=second), third, base)
+    for number, (piece, scores) in enumerate(walk.scores_of(pieces, kept)):
         if walk.source == "stored":
-            multiply(walk, piece, part)
+            walk.multiply(piece, scores)
         walk.launch(
-            kernel, piece, part,
-            row_partial_ptr=row_partial, column_partial_ptr=column_partial, bounds_ptr=seen.bounds,
-            SAVE=at_hand is not None and walk.source in ("dot", "order"), **arguments,
+            walk_kernel, piece, scores, terms, slots, bounds, guard,
+            CONSTANTS=statistic.constants, PARTIALS=statistic.partials,
         )  # fmt: skip
-        merge(
-            row_partial_ptr=row_partial, column_partial_ptr=column_partial,
-            row_start=piece.row_start, num_rows=piece.row_stop - piece.row_start,
-            num_columns=piece.num_columns, row_slots=walk.column_tiles(piece),
-            column_first=0 if number else 1, column_slots=walk.row_tiles(piece) + 1,
+        yield piece, slots, tiles[number][1], 0 if number else 1, tiles[number][0] + 1
+
+
+def _certified_search(walk: Plan, terms: Terms, results) -> tuple[Bounds, Guard]:
+    """Fills the results. Where the guard's work is beyond its limit afterwards, they hold nothing of use."""
+    device = device_of(walk.batch.images.device)
+    tiles = configs.tiles_for("bf16", walk.num_rows, walk.num_columns, device)
+    bounds, images, captions = survey(walk, tiles.block_k)
+    search = walk._replace(operands=(images.rounded, captions.rounded), tiles=tiles, source="dot")
+    limit = configs.MAX_RESCORED_PER_ANCHOR * walk.num_anchors * len(_pieces(search, 3))
+    guard = Guard(walk.batch.images.new_zeros(1, dtype=torch.int64), limit)
+    for piece, slots, row_slots, column_first, column_slots in _walk(
+        certified, search, terms, bounds, 3
+    ):
+        anchors = max(piece.row_stop - piece.row_start, piece.column_anchors)
+        certified.rescore_kernel[(anchors, 2)](
+            images, captions, walk.ids, piece, slots, *results, bounds, guard,
+            row_slots, column_first, column_slots, TILES=tiles,
+            BLOCK_S=triton.next_power_of_2(max(row_slots, column_slots)), **configs.RESCORE,
         )  # fmt: skip
-
-
-def _partial_bytes(walk: Walk, planes: int) -> int:
-    """Memory for partial results that each row of a rectangle takes."""
-    row_slots = triton.cdiv(len(walk.captions), walk.tiles.block_n)
-    column_slots = triton.cdiv(walk.num_pairs, walk.tiles.block_m)
-    return planes * accumulation_dtype(walk.images.dtype).itemsize * (row_slots + column_slots)
-
-
-def _merge(kernel, walk: Walk, seen: Survey, num_columns: int, **arguments) -> None:
-    row_start, num_rows = arguments["row_start"], arguments["num_rows"]
-    num_anchors = max(walk.num_pairs, num_rows if row_start < walk.num_pairs else 0)
-    kernel[(triton.cdiv(num_anchors, configs.MERGE["BLOCK_A"]), 2)](
-        positive_ptr=seen.positive, bounds_ptr=seen.bounds, num_bounds=seen.num_bounds,
-        num_pairs=walk.num_pairs, D=walk.images.shape[1],
-        FAMILY=walk.family, ACC=triton_accumulation(walk.images.dtype), **arguments,
-        **configs.MERGE,
-    )  # fmt: skip
-
-
-def l2_normalize(embeddings):
-    embeddings = unit_stride(embeddings)
-    num_rows, num_dimensions = embeddings.shape
-    normalized = embeddings.new_empty(embeddings.shape)
-    inverse_norm = embeddings.new_empty(num_rows, dtype=accumulation_dtype(embeddings.dtype))
-    blocks = row_blocks(num_dimensions)
-    rows.l2_normalize_kernel[(triton.cdiv(num_rows, blocks["BLOCK_R"]),)](
-        embeddings, normalized, inverse_norm, embeddings.stride(0), num_rows, num_dimensions,
-        **blocks, ACC=triton_accumulation(embeddings.dtype), num_warps=4,
-    )  # fmt: skip
-    return normalized, inverse_norm
+    return bounds, guard

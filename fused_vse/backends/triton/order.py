@@ -27,25 +27,22 @@ def order_score(square):
 #       for each k of the block:  part_ij += max(0, T^t[k, j] - I^t[k, i])^2
 #       acc += part                           two levels: rounding errors grow with the root of D at most
 @triton.jit
-def order_tile(
-    images_ptr, captions_ptr, stride_images, stride_captions, row, column, D,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The pointers are to I^t [D, > N] and T^t [D, > M] as walk.order_operand makes them."""
-    ACC: tl.constexpr = images_ptr.dtype.element_ty
+def order_tile(images, captions, scores, row, column, TILES: tl.constexpr):
+    """The embeddings are I^t [D, > N] and T^t [D, > M] as plan.order_operand makes them."""
+    ACC: tl.constexpr = images.dtype.element_ty
     # Scalars that move on, so that a thread's elements are at fixed distances from one address.
-    images_ptr += row
-    captions_ptr += column
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for _ in tl.range(0, D, BLOCK_K):
-        part = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        for _ in tl.range(0, BLOCK_K, loop_unroll_factor=UNROLL):
-            image = tl.load(images_ptr + tl.arange(0, BLOCK_M))
-            caption = tl.load(captions_ptr + tl.arange(0, BLOCK_N))
+    images += row
+    captions += column
+    acc = tl.zeros((TILES.block_m, TILES.block_n), ACC)
+    for _ in tl.range(0, scores.D, TILES.block_k):
+        part = tl.zeros((TILES.block_m, TILES.block_n), ACC)
+        for _ in tl.range(0, TILES.block_k, loop_unroll_factor=UNROLL):
+            image = tl.load(images + tl.arange(0, TILES.block_m))
+            caption = tl.load(captions + tl.arange(0, TILES.block_n))
             excess = tl.maximum(caption[None, :] - image[:, None], 0.0)
             part += excess * excess
-            images_ptr += stride_images
-            captions_ptr += stride_captions
+            images += scores.stride_images
+            captions += scores.stride_captions
         acc += part
     return order_score(acc)
 
@@ -71,40 +68,6 @@ def pull(other, own, SIDE: tl.constexpr):
         return other
 
 
-# weights[0, k] = d_positive[k] / |max(0, T_k - I_k)|
-# weights[1, k] = d_score[0, k] / |max(0, T_index[0, k] - I_k)|
-# weights[2, k] = d_score[1, k] / |max(0, T_k - I_index[1, k])|        0 where there is no index
-#
-# One program a weight; the second axis of the grid has 1 or 3 programs.
-@triton.jit
-def pair_weights_kernel(
-    images_ptr, captions_ptr, d_positive_ptr, d_score_ptr, index_ptr, weights_ptr,
-    stride_images, stride_captions, num_pairs, D,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    k = tl.program_id(0).to(tl.int64)
-    which = tl.program_id(1)
-    image, caption = k, k
-    weight = tl.load(d_positive_ptr + k)
-    if index_ptr is not None:
-        position = tl.maximum(which - 1, 0) * num_pairs + k
-        index = tl.load(index_ptr + position)
-        d_score = tl.where(index >= 0, tl.load(d_score_ptr + position), 0.0)
-        weight = tl.where(which == 0, weight, d_score)
-        index = tl.maximum(index, 0)
-        image = tl.where(which == 2, index, k)
-        caption = tl.where(which == 1, index, k)
-    square = tl.zeros((BLOCK_D,), ACC)
-    for d in tl.range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        x = tl.load(images_ptr + image * stride_images + offs_d, mask=offs_d < D, other=0.0)
-        y = tl.load(captions_ptr + caption * stride_captions + offs_d, mask=offs_d < D, other=0.0)
-        excess = tl.maximum(y.to(ACC) - x.to(ACC), 0.0)
-        square += excess * excess
-    weight = over_distance(weight.to(ACC), order_score(tl.sum(square, 0)))
-    tl.store(weights_ptr + which * num_pairs + k, weight)
-
-
 # total[r] = (total[r] if CARRY) + sum_j weights[r, j] pull(others[j], own[r])
 #
 #   for j in blocks of the others:
@@ -116,8 +79,9 @@ def order_sums_kernel(
     own_ptr, others_ptr, weights_ptr, total_ptr, stride_own, stride_others,
     stride_weights_own, stride_weights_others, num_own, num_others, D,
     SIDE: tl.constexpr, CARRY: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = weights_ptr.dtype.element_ty
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = (offs_r < num_own)[:, None] & (offs_d < D)[None, :]

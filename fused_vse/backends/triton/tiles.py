@@ -1,10 +1,13 @@
-"""What the kernels that walk over the tiles of S share: raster order, scores of a tile, negatives.
+"""What the kernels share that walk over the tiles of S: their arguments, raster order, scores of a tile,
+negatives, and the bounds by which they know input that is not finite.
 
-A kernel covers a rectangle of S, rows [row_start, row_stop) and columns [0, num_columns), with a
+A kernel covers a piece of S, rows [row_start, row_stop) and columns [0, num_columns), with a
 persistent grid: program b takes tiles b, b + grid, b + 2 grid, ... While one program of a
 multiprocessor reduces its tile, the other one keeps the tensor cores busy, so that the reduction is
-hidden as long as it is shorter than the tile's D / BLOCK_K matrix steps (benchmarks/NOTES.md).
+hidden as long as it is shorter than the tile's D / block_k matrix steps (benchmarks/NOTES.md).
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,15 +18,94 @@ from .order import order_tile
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 NO_INDEX = tl.constexpr(2**31 - 1)
+# Programs of survey_kernel, each of which leaves one column of bounds: 4 for each of 132 SMs, rounded.
+SURVEY_PROGRAMS = tl.constexpr(512)
+OVERFLOW = tl.constexpr(3.0e38)
+OVERFLOW_FLOAT64 = tl.constexpr(1.7e308)
+
+
+# Arguments of the kernels. The embeddings are none of them: Triton 3.6 takes tensor descriptors only as
+# arguments of their own. None becomes part of the code, which then holds nothing of what it stands for.
+
+
+class Scores(NamedTuple):
+    pointer: Any  # S of the piece: read, or where it is computed, kept; or None
+    stride_rows: int
+    stride_columns: int
+    stride_images: int
+    stride_captions: int
+    D: int
+
+
+class Ids(NamedTuple):
+    images: Any  # [N] int64 or None
+    captions: Any  # [M]
+    pair_row: int
+    pair_column: int
+    pair_count: int
+
+
+class Piece(NamedTuple):
+    row_start: int
+    row_stop: int
+    num_columns: int
+    row_anchors: int  # R and C of the whole S
+    column_anchors: int
+
+
+class Bounds(NamedTuple):
+    pointer: (
+        Any  # [2, 3, SURVEY_PROGRAMS] of rows.survey_kernel, or [SURVEY_PROGRAMS] of leave_bound
+    )
+    num_programs: int
+    num_candidates: int  # of any anchor, at most
+    D: int
+
+
+class Scale(NamedTuple):
+    tensor: Any  # [], or None
+    value: float  # in two parts, since Triton takes Python floats as float32
+    rest: float
+
+
+class Terms(NamedTuple):
+    """What the statistics and their gradients need; tensors are [R + C]."""
+
+    ceiling: Any = None
+    threshold: Any = None
+    scale: Any = None  # a Scale
+    index: Any = None
+    reference: Any = None
+    log_sum: Any = None
+    upstream: Any = None  # the derivatives by the statistic
+
+
+class Partials(NamedTuple):
+    """Results of tiles, [slots, anchors]: of the piece's rows with a slot for each tile of columns, then of
+    the column anchors with a slot for each tile of rows, after slot 0, which carries over from the piece
+    before."""
+
+    first: Any
+    second: Any
+    third: Any  # for the certified search, else None
+    column_base: int  # where those of the columns begin
+
+
+class Tile(NamedTuple):
+    """Made in the kernels: where a tile lies, and in what."""
+
+    row: Any
+    column: Any
+    piece: Any
 
 
 @triton.jit
-def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+def tile_position(number, row_tiles, column_tiles, GROUP: tl.constexpr):
     """Tile number -> (row tile, column tile), GROUP rows at a time so that operands stay in L2."""
     group_size = GROUP * column_tiles
-    first_row = tile // group_size * GROUP
+    first_row = number // group_size * GROUP
     height = tl.minimum(row_tiles - first_row, GROUP)
-    within = tile % group_size
+    within = number % group_size
     return first_row + within % height, within // height
 
 
@@ -35,37 +117,37 @@ def embedding_rows(pointer, stride, first, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def dot_tile(
-    images_ptr, captions_ptr, stride_images, stride_captions,
-    row, row_stop, column, num_columns, D,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def dot_tile(images, captions, scores, tile, TILES: tl.constexpr):
     """acc[i, j] = sum_k I[row + i, k] T[column + j, k], in float32.
 
-    D is a multiple of BLOCK_K; with TMA it need not be: the two pointers are then tensor descriptors,
+    D is a multiple of block_k; with TMA it need not be: the embeddings are then tensor descriptors,
     which fill what lies outside with zeros.
     """
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
-    if not TMA:
-        image_ptrs = embedding_rows(images_ptr, stride_images, row, row_stop, BLOCK_M) + offs_k
-        caption_ptrs = (
-            embedding_rows(captions_ptr, stride_captions, column, num_columns, BLOCK_N) + offs_k
+    row, column, piece = tile
+    acc = tl.zeros((TILES.block_m, TILES.block_n), tl.float32)
+    if not TILES.tma:
+        offs_k = tl.arange(0, TILES.block_k)[None, :]
+        image_ptrs = embedding_rows(
+            images, scores.stride_images, row, piece.row_stop, TILES.block_m
         )
-    for k in tl.range(0, D, BLOCK_K):
-        if TMA:
-            a = images_ptr.load([row, k])
-            b = captions_ptr.load([column, k])
+        caption_ptrs = embedding_rows(
+            captions, scores.stride_captions, column, piece.num_columns, TILES.block_n
+        )
+        image_ptrs += offs_k
+        caption_ptrs += offs_k
+    for k in tl.range(0, scores.D, TILES.block_k):
+        if TILES.tma:
+            a = images.load([row, k])
+            b = captions.load([column, k])
         else:
             a = tl.load(image_ptrs)
             b = tl.load(caption_ptrs)
         if INTERPRETED:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        if not TMA:
-            image_ptrs += BLOCK_K
-            caption_ptrs += BLOCK_K
+        acc = tl.dot(a, b.T, acc, input_precision=TILES.precision)
+        if not TILES.tma:
+            image_ptrs += TILES.block_k
+            caption_ptrs += TILES.block_k
     return acc
 
 
@@ -75,192 +157,215 @@ def dot_tile(
 #   "order"    computed with order_tile from the transposed embeddings
 #   "stored"   read: torch.mm or the forward pass left them in memory
 #   "given"    read: S is what the user passed, of any dtype and strides; nobody has looked at it before
+#   "none"     nowhere: zeros, for a gradient that needs no scores
 @triton.jit
-def score_tile(
-    images_ptr, captions_ptr, scores_ptr, stride_images, stride_captions,
-    stride_score_rows, stride_score_columns,
-    row, row_start, row_stop, column, num_columns, D,
-    SOURCE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The scores [BLOCK_M, BLOCK_N] at (row, column).
+def score_tile(images, captions, scores, tile, SOURCE: tl.constexpr, TILES: tl.constexpr):
+    """The scores [block_m, block_n] of the tile. Computed ones are kept if there is room for them.
 
-    Row 0 of `scores` is row `row_start` of S. SAVE keeps computed scores there. What lies outside the
-    rectangle holds 0 if read, anything if computed.
+    What lies outside of the piece, or where no anchor looks, holds 0 if read, anything if computed.
     """
+    row, column, piece = tile
     READ: tl.constexpr = SOURCE == "stored" or SOURCE == "given"
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    if READ or SAVE:
-        score_ptrs = (
-            scores_ptr
-            + (row - row_start + offs_m).to(tl.int64)[:, None] * stride_score_rows
-            + (column + offs_n).to(tl.int64)[None, :] * stride_score_columns
+    if SOURCE != "none" and scores.pointer is not None:
+        offs_m = tl.arange(0, TILES.block_m)
+        offs_n = column + tl.arange(0, TILES.block_n)
+        pointers = (
+            scores.pointer
+            + (row - piece.row_start + offs_m).to(tl.int64)[:, None] * scores.stride_rows
+            + offs_n.to(tl.int64)[None, :] * scores.stride_columns
         )
-        inside = (row + offs_m < row_stop)[:, None] & (column + offs_n < num_columns)[None, :]
+        seen = tl.minimum(piece.num_columns, piece.column_anchors)
+        seen = tl.where(piece.row_start < piece.row_anchors, piece.num_columns, seen)
+        inside = (row + offs_m < piece.row_stop)[:, None] & (offs_n < seen)[None, :]
     if READ:
-        acc = tl.load(score_ptrs, mask=inside, other=0.0)
+        acc = tl.load(pointers, mask=inside, other=0.0)
         if acc.dtype != tl.float64:
             acc = acc.to(tl.float32)
+    elif SOURCE == "none":
+        acc = tl.zeros((TILES.block_m, TILES.block_n), tl.float32)
     else:
         if SOURCE == "order":
-            acc = order_tile(
-                images_ptr, captions_ptr, stride_images, stride_captions, row, column, D,
-                BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+            acc = order_tile(images, captions, scores, row, column, TILES)
         else:
-            acc = dot_tile(
-                images_ptr, captions_ptr, stride_images, stride_captions,
-                row, row_stop, column, num_columns, D,
-                PRECISION, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-        if SAVE:
-            tl.store(score_ptrs, acc, mask=inside)
+            acc = dot_tile(images, captions, scores, tile, TILES)
+        if scores.pointer is not None:
+            tl.store(pointers, acc, mask=inside)
     return acc
 
 
 @triton.jit
-def leave_bound(bounds_ptr, magnitudes):
-    """bounds[program] = max |s| over the program's tiles and what it left for an earlier rectangle."""
-    largest = tl.max(tl.max(magnitudes, 1), 0)
-    pointer = bounds_ptr + tl.program_id(0)
-    tl.store(pointer, tl.maximum(tl.load(pointer), largest))
+def crosses_pairs(acc, tile, ids):
+    """Whether the tile may hold the score of a pair."""
+    row = tile.row - ids.pair_row
+    column = tile.column - ids.pair_column
+    crosses = (row < column + acc.shape[1]) & (column < row + acc.shape[0])
+    return crosses & (row < ids.pair_count) & (row + acc.shape[0] > 0)
 
 
 @triton.jit
-def column_halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """acc[:, : BLOCK_N // 2] and acc[:, BLOCK_N // 2 :].
+def pairs_of(acc, tile, ids):
+    """[block_m]: which pair a row is, and the position of its partner in the tile; -1 for none."""
+    pair = tile.row - ids.pair_row + tl.arange(0, acc.shape[0])
+    is_pair = (pair >= 0) & (pair < ids.pair_count)
+    partner = tl.where(is_pair, pair + ids.pair_column - tile.column, -1)
+    return pair, partner
 
-    The gradients' epilogues take one half at a time: the vectors that belong to its columns are then
-    half as many registers, and nothing spills.
+
+@triton.jit
+def negative_scores(acc, tile, ids):
+    """The tile's scores with -inf for everything that is not a negative in the piece.
+
+    Most tiles hold nothing else: they lie inside, and the ranges of their rows' and their columns' ids do not
+    meet. Without ids, those are pairs.
     """
-    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def needs_mask(
-    image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Whether the tile may hold anything but negatives: it crosses the rectangle's edge, or the ranges
-    of its rows' and its columns' ids meet. Without ids, those are the row and column numbers."""
-    ragged = (row + BLOCK_M > row_stop) | (column + BLOCK_N > num_columns)
-    if image_ids_ptr is not None:
-        row_ids = tl.load(image_ids_ptr + tl.minimum(row + tl.arange(0, BLOCK_M), row_stop - 1))
-        column_ids = tl.load(
-            caption_ids_ptr + tl.minimum(column + tl.arange(0, BLOCK_N), num_columns - 1)
-        )
-        meet = (tl.min(row_ids, 0) <= tl.max(column_ids, 0)) & (
+    row, column, piece = tile
+    offs_m = row + tl.arange(0, acc.shape[0])
+    offs_n = column + tl.arange(0, acc.shape[1])
+    needs_mask = (row + acc.shape[0] > piece.row_stop) | (column + acc.shape[1] > piece.num_columns)
+    if ids.images is not None:
+        row_ids = tl.load(ids.images + tl.minimum(offs_m, piece.row_stop - 1))
+        column_ids = tl.load(ids.captions + tl.minimum(offs_n, piece.num_columns - 1))
+        needs_mask |= (tl.min(row_ids, 0) <= tl.max(column_ids, 0)) & (
             tl.min(column_ids, 0) <= tl.max(row_ids, 0)
         )
     else:
-        meet = crosses_diagonal(row, column, BLOCK_M, BLOCK_N)
-    return ragged | meet
-
-
-@triton.jit
-def crosses_diagonal(row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    return (row < column + BLOCK_N) & (column < row + BLOCK_M)
-
-
-@triton.jit
-def negatives(
-    image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: the entry lies in the rectangle and its ids differ."""
-    offs_m = row + tl.arange(0, BLOCK_M)
-    offs_n = column + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < row_stop
-    mask_n = offs_n < num_columns
-    if image_ids_ptr is not None:
-        row_ids = tl.load(image_ids_ptr + offs_m, mask=mask_m, other=0)
-        column_ids = tl.load(caption_ids_ptr + offs_n, mask=mask_n, other=0)
-        differ = row_ids[:, None] != column_ids[None, :]
-    else:
-        differ = offs_m[:, None] != offs_n[None, :]
-    return differ & mask_m[:, None] & mask_n[None, :]
-
-
-@triton.jit
-def negative_scores(
-    acc, image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The tile's scores with -inf for everything that is not a negative."""
-    if needs_mask(
-        image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns, BLOCK_M, BLOCK_N
-    ):
-        keep = negatives(
-            image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns, BLOCK_M, BLOCK_N
-        )
+        needs_mask |= crosses_pairs(acc, tile, ids)
+    if needs_mask:
+        keep = (offs_m < piece.row_stop)[:, None] & (offs_n < piece.num_columns)[None, :]
+        if ids.images is not None:
+            row_ids = tl.load(ids.images + tl.minimum(offs_m, piece.row_stop - 1))
+            column_ids = tl.load(ids.captions + tl.minimum(offs_n, piece.num_columns - 1))
+            keep &= row_ids[:, None] != column_ids[None, :]
+        else:
+            _, partner = pairs_of(acc, tile, ids)
+            keep &= partner[:, None] != tl.arange(0, acc.shape[1])[None, :]
         acc = tl.where(keep, acc, -float("inf"))
     return acc
 
 
 @triton.jit
-def negative_gradient(
-    gradient, image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The tile's gradient with 0 for everything that is not a negative."""
-    if needs_mask(
-        image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns, BLOCK_M, BLOCK_N
-    ):
-        keep = negatives(
-            image_ids_ptr, caption_ids_ptr, row, row_stop, column, num_columns, BLOCK_M, BLOCK_N
-        )
-        gradient = tl.where(keep, gradient, 0.0)
-    return gradient
+def column_halves(acc, tile):
+    """acc[:, : block_n // 2], acc[:, block_n // 2 :] and the tile that the latter is.
 
-
-@triton.jit
-def store_gradient(
-    gradient_ptr, stride_gradient, gradient, d_diagonal_ptr, factor,
-    row, row_start, row_stop, column, num_columns, num_pairs,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """G[rows, columns] = factor gradient, and G[k, k] += factor d_diagonal[k] for the pairs k < K.
-
-    Row 0 of G is row `row_start` of S.
+    The vectors that belong to the columns of one half are half as many registers, so that nothing spills.
     """
-    offs_m = row + tl.arange(0, BLOCK_M)
-    offs_n = column + tl.arange(0, BLOCK_N)
-    dtype = gradient_ptr.dtype.element_ty
-    row_ptrs = gradient_ptr + (offs_m - row_start).to(tl.int64) * stride_gradient
-    inside = (offs_m < row_stop)[:, None] & (offs_n < num_columns)[None, :]
-    tl.store(row_ptrs[:, None] + offs_n[None, :], (gradient * factor).to(dtype), mask=inside)
-    if crosses_diagonal(row, column, BLOCK_M, BLOCK_N):
-        # Another thread of this program may have stored the diagonal entry.
-        tl.debug_barrier()
-        mask = (offs_m >= column) & (offs_m < column + BLOCK_N) & (offs_m < row_stop)
-        mask &= offs_m < num_pairs
-        d_diagonal = tl.load(d_diagonal_ptr + offs_m, mask=mask, other=0.0) * factor
-        entry = tl.load(row_ptrs + offs_m, mask=mask, other=0.0).to(d_diagonal.dtype)
-        tl.store(row_ptrs + offs_m, (entry + d_diagonal).to(dtype), mask=mask)
-
-
-# The partial results of a rectangle: [num_slots, PLANES, num_anchors], one slot a tile.
+    HALF: tl.constexpr = acc.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
+    return left, right, Tile(tile.row, tile.column + HALF, tile.piece)
 
 
 @triton.jit
-def store_partial(
-    pointer, plane: tl.constexpr, PLANES: tl.constexpr, slot, first, origin, num_anchors, num_pairs,
-    value, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """partial[slot, plane] = value, for the anchors first .. first + BLOCK; column 0 is `origin`."""
-    offs = first + tl.arange(0, BLOCK)
-    base = (slot * PLANES + plane).to(tl.int64) * num_anchors
-    mask = (offs < num_pairs) & (offs - origin < num_anchors)
-    tl.store(pointer + base + (offs - origin), value, mask=mask)
+def anchors(acc, tile, AXIS: tl.constexpr):
+    """Positions in [R + C] of the anchors whose candidates lie along AXIS, and which of them there are."""
+    if AXIS == 1:
+        offs = tile.row + tl.arange(0, acc.shape[0])
+        return offs, offs < tile.piece.row_anchors
+    else:
+        offs = tile.column + tl.arange(0, acc.shape[1])
+        return tile.piece.row_anchors + offs, offs < tile.piece.column_anchors
 
 
 @triton.jit
-def load_partials(
-    pointer, plane: tl.constexpr, PLANES: tl.constexpr, offs_slot, num_slots, offs_anchor, num_anchors,
-    other,
-):  # fmt: skip
-    """partial[offs_slot, plane, offs_anchor], `other` outside."""
-    base = (offs_slot * PLANES + plane).to(tl.int64)[:, None] * num_anchors
-    mask = (offs_slot < num_slots)[:, None] & (offs_anchor < num_anchors)[None, :]
-    return tl.load(pointer + base + offs_anchor[None, :], mask=mask, other=other)
+def candidates(acc, tile, AXIS: tl.constexpr):
+    """The numbers of the columns, or of the rows, along AXIS."""
+    if AXIS == 1:
+        return tile.column + tl.arange(0, acc.shape[1])
+    else:
+        return tile.row + tl.arange(0, acc.shape[0])
+
+
+@triton.jit
+def below_ceiling(acc, tile, ceiling, AXIS: tl.constexpr):
+    """-inf for what does not count for the anchors along AXIS."""
+    if ceiling is not None:
+        offs, mask = anchors(acc, tile, AXIS)
+        limit = tl.load(ceiling + offs, mask=mask, other=float("inf"))
+        acc = tl.where(acc <= tl.expand_dims(limit, AXIS), acc, -float("inf"))
+    return acc
+
+
+@triton.jit
+def leave(out, acc, tile, AXIS: tl.constexpr, first, second, third=None):
+    """Stores the results of the anchors along AXIS among the partial ones."""
+    row, column, piece = tile
+    if AXIS == 1:
+        num_rows = piece.row_stop - piece.row_start
+        base = (column // acc.shape[1]).to(tl.int64) * num_rows
+        offs = row - piece.row_start + tl.arange(0, acc.shape[0])
+        mask = offs < tl.minimum(num_rows, piece.row_anchors - piece.row_start)
+    else:
+        slot = (row - piece.row_start) // acc.shape[0] + 1
+        base = out.column_base + slot.to(tl.int64) * piece.column_anchors
+        offs = column + tl.arange(0, acc.shape[1])
+        mask = offs < piece.column_anchors
+    # Not base + offs first, which takes twice the registers.
+    tl.store(out.first + base + offs, first, mask=mask)
+    tl.store(out.second + base + offs, second, mask=mask)
+    if third is not None:
+        tl.store(out.third + base + offs, third, mask=mask)
+
+
+@triton.jit
+def nothing(terms, bounds, SOURCE: tl.constexpr):
+    """For a statistic that needs no constants."""
+    return 0
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| as an integer, which orders like |x| with infinity and then NaN at the top."""
+    if x.dtype == tl.float64:
+        return x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def leave_bound(bounds, magnitudes):
+    """bounds[program] = max |s| over the program's tiles and what it left for an earlier piece."""
+    largest = tl.max(tl.max(magnitudes, 1), 0)
+    pointer = bounds.pointer + tl.program_id(0)
+    tl.store(pointer, tl.maximum(tl.load(pointer), largest))
+
+
+@triton.jit
+def load_bound(bounds, number: tl.constexpr):
+    """The maximum over what the programs left in row `number` of the bounds."""
+    offs = tl.arange(0, SURVEY_PROGRAMS)
+    pointers = bounds.pointer + number * SURVEY_PROGRAMS + offs
+    bits = tl.max(tl.load(pointers, mask=offs < bounds.num_programs, other=0), 0)
+    if bits.dtype == tl.int64:
+        return bits.to(tl.float64, bitcast=True)
+    else:
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_poisoned(bounds, SOURCE: tl.constexpr):
+    """Whether anything in the input is not finite, or so large that a score might overflow.
+
+    Of embeddings, max|I| and max|T| are known, with |score| <= D max|I| max|T|, or for the order similarity
+    score^2 <= 2 D (max|I|^2 + max|T|^2); of given scores max|S|, whose differences must not overflow.
+    """
+    image = load_bound(bounds, 0)
+    if SOURCE == "given":
+        bound = 4 * image
+    else:
+        caption = load_bound(bounds, 3)
+        if SOURCE == "order":
+            bound = 4 * bounds.D * (image * image + caption * caption)
+        else:
+            bound = image * caption * bounds.D
+    # NaN compares false; 0 times infinity is NaN.
+    if bound.dtype == tl.float64:
+        return (bound < OVERFLOW_FLOAT64) == 0
+    else:
+        return (bound < OVERFLOW) == 0
+
+
+@triton.jit
+def poison(statistic, num_row_anchors, num_anchors):
+    """1, or NaN if the statistic of the first row anchor or of the first column anchor is."""
+    first = tl.load(statistic, mask=num_anchors > 0, other=0.0)
+    second = tl.load(statistic + num_row_anchors, mask=num_anchors > num_row_anchors, other=0.0)
+    return tl.where((first == first) & (second == second), 1.0, float("nan"))
