@@ -33,7 +33,7 @@ several parts of the columns), and the derivatives of the objective:
     d_positive [pair_count]  by the scores of the pairs
     d_images [N, D], d_captions [M, D]  in the embeddings' dtype; [0] if not needed. Where S is given,
         d_images is its gradient [N, M], and d_captions [0].
-    accumulate  Both come in the accumulation type, to be summed over chunks and ranks.
+    accumulate_captions  d_captions comes in the accumulation type, to be summed over ranks.
 Where the statistic of the first row anchor or of the first column anchor is NaN, all gradients are.
 """
 
@@ -81,7 +81,7 @@ _BATCH = (
     "Tensor images, Tensor? captions, Tensor? image_ids, Tensor? caption_ids, SymInt row_anchors,"
     " SymInt column_anchors, SymInt pair_row, SymInt pair_column, SymInt pair_count, int similarity"
 )
-_NEEDS = "bool need_images, bool need_captions, bool accumulate"
+_NEEDS = "bool need_images, bool need_captions, bool accumulate_captions"
 _GRADIENTS = "Tensor d_images, Tensor d_captions"
 
 
@@ -243,12 +243,12 @@ def _saved_scores(batch: Batch, save_scores: bool) -> Tensor:
     return _new(batch, numel if numel <= MAX_SAVED_SCORES else 0)
 
 
-def _gradients(batch: Batch, need_images, need_captions, accumulate):
+def _gradients(batch: Batch, need_images, need_captions, accumulate_captions):
     images, captions = batch.images, batch.captions
-    dtype = accumulation_dtype(images.dtype) if accumulate else images.dtype
-    d_images = images.new_empty(images.shape if need_images else 0, dtype=dtype)
+    d_images = images.new_empty(images.shape if need_images else 0)
     if captions is None or not need_captions:
-        return d_images, images.new_empty(0, dtype=dtype)
+        return d_images, images.new_empty(0)
+    dtype = accumulation_dtype(captions.dtype) if accumulate_captions else captions.dtype
     return d_images, captions.new_empty(captions.shape, dtype=dtype)
 
 
