@@ -135,7 +135,6 @@ class Emulation:
         for name in ("log", "counts", "damage"):
             getattr(self._lib, f"cudaemu_{name}").restype = ctypes.c_char_p
         self._devices: dict[tuple[int, int, int], int] = {}
-        self.statistics: torch.library.Library | None = None  # ops in Python, to be kept alive
 
     def use(
         self, capability: tuple[int, int], multiprocessors: int, seed: int = 0, races: bool = False

@@ -7,6 +7,8 @@ from collections import defaultdict
 import pytest
 import torch
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("emulator")
@@ -95,8 +97,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _keep_few(config, items) -> None:
-    """Of the emulated cases of each test only so many, with the same distance between them; the first one
-    is another for each test."""
+    """Of the emulated cases of each test only so many, spread evenly by the golden ratio from another first
+    one for each test."""
     cases = defaultdict(list)
     for item in items:
         if _is_emulated(item):
@@ -104,8 +106,10 @@ def _keep_few(config, items) -> None:
     dropped = set()
     for name, same in cases.items():
         count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 2))
-        first = zlib.crc32(name.encode())
-        kept = {(first + i * len(same) // count) % len(same) for i in range(count)}
+        if count >= len(same):
+            continue
+        first = zlib.crc32(name.encode()) / 2**32
+        kept = {int(len(same) * ((first + i * GOLDEN_RATIO) % 1)) for i in range(count)}
         dropped.update(item for i, item in enumerate(same) if i not in kept)
     if dropped:
         items[:] = [item for item in items if item not in dropped]
