@@ -15,7 +15,7 @@ memory is listed as skipped.
 A contender that raises an error is listed as failed and the others go on, unless the GPU is lost; the exit
 code is then 1. The report is written after every size: an interrupt leaves what was measured until then.
 
-compute-sanitizer takes longer than all of that: `python -m pytest tests/test_cuda_sanitizer.py`.
+compute-sanitizer takes longer than all of that: `python -m pytest tests/gpu/test_cuda_sanitizer.py`.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def choose(requested: str, op: str, batch: Batch) -> str:
     if requested == AUTO:
         return _automatic(op, batch, optional)
     module = _BACKENDS[requested]
-    reason = module.unavailable()
+    reason = _unavailable(requested)
     if reason is not None:
         raise RuntimeError(f"backend={requested!r} is not available: {reason}")
     if module.DEVICE != device.type:
@@ -74,7 +74,7 @@ def choose(requested: str, op: str, batch: Batch) -> str:
         others = [
             repr(name)
             for name, other in _BACKENDS.items()
-            if other.DEVICE == module.DEVICE and not (other.unavailable() or other.takes(op, batch))
+            if other.DEVICE == module.DEVICE and not (_unavailable(name) or other.takes(op, batch))
         ]
         raise RuntimeError(
             f"backend={requested!r} {reason}; use backend={' or '.join([*others, repr(REFERENCE)])}"
@@ -82,11 +82,20 @@ def choose(requested: str, op: str, batch: Batch) -> str:
     return requested if reason is None else REFERENCE
 
 
+def _unavailable(name: str) -> str | None:
+    return _BACKENDS[name].unavailable()
+
+
+# It may look at the hardware the first time: nothing for the compiler to trace. What
+# torch.compiler.assume_constant_result does, without the two seconds that importing the compiler takes.
+_unavailable._dynamo_marked_constant = True
+
+
 def _automatic(op: str, batch: Batch, optional: bool) -> str:
     reasons, device = [], batch.images.device
     for name, module in _BACKENDS.items():
         if module.DEVICE == device.type:
-            reason = module.unavailable() or module.takes(op, batch)
+            reason = _unavailable(name) or module.takes(op, batch)
             if reason is None and module.prefers(op, batch):
                 return name
             if reason is not None:

@@ -14,5 +14,5 @@ def l2_normalize(rows: Tensor) -> Tensor:
         # The squares of a huge row would overflow, and the row become 0: a power of two takes it near 1.
         huge = 2.0**500 if dtype is torch.float64 else 2.0**50
         largest = torch.linalg.vector_norm(x.detach(), torch.inf, 1, keepdim=True)
-        x = x * torch.where(largest > huge, 2.0**-30 / huge, 1.0).to(dtype)
+        x = x * torch.ones_like(largest).masked_fill(largest > huge, 2.0**-30 / huge)
         return torch.nn.functional.normalize(x, dim=1).to(rows.dtype)

@@ -30,6 +30,13 @@ class Ranking(NamedTuple):
     mean_rank: float
     ranks: Tensor  # [queries] int64, on the CPU
 
+    def __repr__(self) -> str:
+        recalls = ", ".join(f"{k}: {recall:.1f}" for k, recall in self.recalls.items())
+        return (
+            f"Ranking(recalls={{{recalls}}}, median_rank={self.median_rank:.1f},"
+            f" mean_rank={self.mean_rank:.1f}, ranks=<{len(self.ranks)}>)"
+        )
+
 
 class Retrieval(NamedTuple):
     """Both directions of a retrieval test."""

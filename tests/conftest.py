@@ -4,15 +4,15 @@ element."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import cuda_emulation
 import pytest
 import torch
 from cases import embeddings, ids_of
 
 import fused_vse
 from fused_vse.backends import cpu, cuda
+
+pytest_plugins = ["emulator.plugin"]
 
 
 def _backend_parameters():
@@ -47,11 +47,12 @@ def interpreter_runs(request, tmp_path_factory):
     the first test, for what the others leave of the processors; their own tests come almost last."""
     tests = [i for i in request.session.items if i.path.name == "test_triton_interpreter.py"]
     names = [test.callspec.params["name"] for test in tests]
+    here = tests[0].path if tests else None
     directory = tmp_path_factory.mktemp("interpreter")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = {}
     for name in names:
-        cases = Path(__file__).with_name(f"triton_interpreter_{name}.py")
+        cases = here.with_name(f"triton_interpreter_{name}.py")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
         output = directory / name
         with open(output, "wb") as file:
@@ -80,6 +81,8 @@ def poisoned_memory(request):
 @pytest.fixture(scope="session")
 def emulated_ops():
     """The small-batch ops of the cuda backend for CPU tensors."""
+    import cuda_emulation  # only there for the tests beside it
+
     ops = cuda_emulation.register()
     yield
     ops._destroy()

@@ -1,6 +1,7 @@
 """What every data set looks like to the trainer."""
 
 import hashlib
+from collections.abc import Hashable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,6 +19,11 @@ class Split(NamedTuple):
     features: Tensor  # [N, F] float32
     captions: list[str]  # M of them
     owners: Tensor  # [M] int64, the row of each caption's image
+    claims: list[Hashable]  # M: what each caption says, equal for captions that say the same
+    facts: list[set[Hashable]]  # N: the claims known to be true of each image
+
+    def is_true(self, caption: int, image: int) -> bool:
+        return self.claims[caption] in self.facts[image]
 
 
 class Dataset(NamedTuple):

@@ -2,12 +2,12 @@
 
 A scene is a 2 x 2 grid with a real 8 x 8 digit of scikit-learn's load_digits in two to four of its
 cells. Its five captions say, in five ways, what stands where; some of them leave something out, as
-captions do. No digit and no arrangement occurs in two splits.
+captions do, and are true of other scenes, too. No digit and no arrangement occurs in two splits.
 """
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy
 import torch
@@ -27,6 +27,8 @@ COLUMNS = ("left", "right")
 
 # The digit in each cell in reading order, or None.
 Cells = tuple[int | None, int | None, int | None, int | None]
+# What a caption says, whatever words it says it in.
+Claim = tuple[Hashable, ...]
 
 
 def load_digit_scenes() -> Dataset:
@@ -58,12 +60,16 @@ def _arrangements() -> list[Cells]:
 
 
 def _split(scenes: list[Cells], of_digit: list[list[numpy.ndarray]], rng: random.Random) -> Split:
-    pictures, captions = [], []
+    pictures, captions, claims = [], [], []
     for cells in scenes:
         pictures.append(_draw(cells, of_digit, rng))
-        captions += [wording(cells, rng) for wording in WORDINGS]
+        for wording in WORDINGS:
+            caption, claim = wording(cells, rng)
+            captions.append(caption)
+            claims.append(claim)
     features = torch.from_numpy(numpy.stack(pictures).astype(numpy.float32)).flatten(1)
-    return Split(features, captions, torch.arange(len(captions)) // CAPTIONS_PER_IMAGE)
+    owners = torch.arange(len(captions)) // CAPTIONS_PER_IMAGE
+    return Split(features, captions, owners, claims, [_facts(cells) for cells in scenes])
 
 
 def _draw(cells: Cells, of_digit: list[list[numpy.ndarray]], rng: random.Random) -> numpy.ndarray:
@@ -89,61 +95,93 @@ def _list(parts: list[str]) -> str:
     return " and ".join([" , ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
+def _rows(cells: Cells) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        tuple(digit for digit in row if digit is not None) for row in (cells[:2], cells[2:])
+    )
+
+
+def _directions(cell: int, other: int) -> tuple[str, ...]:
+    """Where a cell is, seen from another one."""
+    (y, x), (other_y, other_x) = divmod(cell, 2), divmod(other, 2)
+    vertical = () if y == other_y else ("above" if y < other_y else "below",)
+    return vertical + (() if x == other_x else ("left" if x < other_x else "right",))
+
+
 def _occupied(cells: Cells) -> list[tuple[int, int]]:
     """(cell, digit) for each digit of the scene."""
     return [(cell, digit) for cell, digit in enumerate(cells) if digit is not None]
 
 
-def _everything(cells: Cells, rng: random.Random) -> str:
+def _everything(cells: Cells, rng: random.Random) -> tuple[str, Claim]:
     parts = [
         f"{_a(digit)} {rng.choice(('at the', 'in the'))} {_place(cell, rng)}"
         for cell, digit in _occupied(cells)
     ]
-    return f"{_list(parts)} ."
+    return f"{_list(parts)} .", ("everything", cells)
 
 
-def _row_by_row(cells: Cells, rng: random.Random) -> str:
+def _row_by_row(cells: Cells, rng: random.Random) -> tuple[str, Claim]:
     parts = []
-    for y in range(2):
-        digits = [_a(digit) for digit in cells[2 * y : 2 * y + 2] if digit is not None]
+    for y, row in enumerate(_rows(cells)):
+        digits = [_a(digit) for digit in row]
         verb = rng.choice(("shows", "holds", "has"))
         content = _list(digits) if digits else rng.choice(("nothing", "no digit"))
         parts.append(f"the {rng.choice(ROWS[y])} row {verb} {content}")
-    return f"{' , '.join(parts)} ."
+    return f"{' , '.join(parts)} .", ("rows", _rows(cells))
 
 
-def _relation(cells: Cells, rng: random.Random) -> str:
+def _relation(cells: Cells, rng: random.Random) -> tuple[str, Claim]:
     occupied = _occupied(cells)
     (first, digit), (second, other), *rest = rng.sample(occupied, len(occupied))
-    (y, x), (other_y, other_x) = divmod(first, 2), divmod(second, 2)
-    words = []
-    if y != other_y:
-        words.append(rng.choice(("above", "over") if y < other_y else ("below", "under")))
-    if x != other_x:
-        words.append("left of" if x < other_x else "right of")
+    synonyms = {"above": ("above", "over"), "below": ("below", "under")}
+    directions = _directions(first, second)
+    words = [rng.choice(synonyms[d]) if d in synonyms else f"{d} of" for d in directions]
     verb = rng.choice(("is", "stands", "is written"))
-    besides = f" , besides {_list([_a(digit) for _, digit in rest])}" if rest else ""
-    return f"{_a(digit)} {verb} {' and '.join(words)} {_a(other)}{besides} ."
+    others = [digit for _, digit in rest]
+    besides = f" , besides {_list([_a(digit) for digit in others])}" if rest else ""
+    caption = f"{_a(digit)} {verb} {' and '.join(words)} {_a(other)}{besides} ."
+    return caption, ("relation", digit, directions, other, tuple(sorted(others)))
 
 
-def _two_and_the_count(cells: Cells, rng: random.Random) -> str:
+def _two_and_the_count(cells: Cells, rng: random.Random) -> tuple[str, Claim]:
     occupied = _occupied(cells)
-    parts = [f"{_a(digit)} at the {_place(cell, rng)}" for cell, digit in rng.sample(occupied, 2)]
+    two = rng.sample(occupied, 2)
+    parts = [f"{_a(digit)} at the {_place(cell, rng)}" for cell, digit in two]
     noun = rng.choice(("digits", "numbers"))
-    return f"{NUMBERS[len(occupied)]} {noun} with {_list(parts)} ."
+    caption = f"{NUMBERS[len(occupied)]} {noun} with {_list(parts)} ."
+    return caption, ("two", len(occupied), tuple(sorted(two)))
 
 
-def _inventory(cells: Cells, rng: random.Random) -> str:
-    digits = [_a(digit) for _, digit in _occupied(cells)]
+def _inventory(cells: Cells, rng: random.Random) -> tuple[str, Claim]:
+    digits = [digit for _, digit in _occupied(cells)]
     rng.shuffle(digits)
     opening = rng.choice(("somebody wrote", "a picture of", "handwritten digits :"))
-    return f"{opening} {_list(digits)} ."
+    return f"{opening} {_list([_a(d) for d in digits])} .", ("inventory", tuple(sorted(digits)))
 
 
-WORDINGS: tuple[Callable[[Cells, random.Random], str], ...] = (
+WORDINGS: tuple[Callable[[Cells, random.Random], tuple[str, Claim]], ...] = (
     _everything,
     _row_by_row,
     _relation,
     _two_and_the_count,
     _inventory,
 )
+
+
+def _facts(cells: Cells) -> set[Claim]:
+    """Every claim that is true of a scene."""
+    occupied = _occupied(cells)
+    facts = {
+        ("everything", cells),
+        ("rows", _rows(cells)),
+        ("inventory", tuple(sorted(digit for _, digit in occupied))),
+    }
+    facts |= {("two", len(occupied), two) for two in itertools.combinations(occupied, 2)}
+    for (first, digit), (second, other), *rest in itertools.permutations(occupied):
+        others = tuple(sorted(digit for _, digit in rest))
+        directions = _directions(first, second)
+        # What is above and left of something is above it.
+        for said in {directions, directions[:1], directions[-1:]}:
+            facts.add(("relation", digit, said, other, others))
+    return facts

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -11,7 +12,7 @@ import torch
 from fused_vse import backends, hinge_loss
 
 from .data import InputError
-from .objective import DEFAULT_MARGINS, HARDEST_LOSSES, LOSSES
+from .objective import DEFAULT_MARGINS, HARDEST_LOSSES, LOSSES, Objective
 
 WARMUP_SHARE = 0.3  # of the epochs, for the losses that need a warm-up
 
@@ -54,6 +55,13 @@ class Options:
             )
         if self.smooth and self.loss != "hardest_negative":
             raise InputError(f"--smooth belongs to --loss hardest_negative, not to {self.loss}")
+
+    def objective(self, epoch: int, backend: str | None = None) -> Objective:
+        """All negatives during the warm-up, then --loss."""
+        backend = backend or self.backend
+        if epoch < self.warmup_epochs:
+            return Objective("all_negatives", self.temperature, 0.0, False, backend)
+        return Objective(self.loss, self.temperature, self.margin, self.smooth, backend)
 
 
 class Command(NamedTuple):
@@ -104,8 +112,8 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
             flag, help=help if default is None else f"{help} (default {default})", **kwargs
         )
 
-    positive, share = _number(int, 1), _number(float, 0, 1)
-    size = {"type": positive, "metavar": "N"}
+    share = _number(float, 0, 1)
+    size = {"type": _number(int, 1, 2**20), "metavar": "N"}
     add("--data", "directory in vsepp's layout (default: scenes of digits)", metavar="DIR")
     add("--loss", "the loss to train with", choices=LOSSES)
     add(
@@ -121,23 +129,28 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
     add(
         "--temperature",
         "τ, by which scores are divided",
-        type=_number(float, 0, open_end=True),
+        type=_number(float, 1e-10, 1e10),  # the limits of the losses
         metavar="T",
     )
     margins = ", ".join(f"{margin} for {loss}" for loss, margin in DEFAULT_MARGINS.items())
     add(
         "--margin",
         f"m, what negatives must stay below their positive (default {margins})",
-        type=_number(float, 0),
+        type=_number(float, 0, 1e30),
         metavar="M",
     )
     add("--smooth", "softplus in place of the hinge of hardest_negative", action="store_true")
     add("--epochs", "passes over all captions", **size)
-    add("--batch-size", "pairs in a batch", type=_number(int, 2), metavar="N")
-    add("--lr", "learning rate of Adam at the start", type=_number(float, 0, open_end=True))
-    add("--seed", "of weights, order and dropout", type=_number(int, 0), metavar="N")
+    add("--batch-size", "pairs in a batch", type=_number(int, 2, 2**31), metavar="N")
+    add("--lr", "learning rate of Adam at the start", type=_number(float, 0, 1e10, open_end=True))
+    add("--seed", "of weights, order and dropout", type=_number(int, 0, 2**63), metavar="N")
     add("--device", "torch device", metavar="NAME")
-    add("--threads", "of the CPU; they decide the last bits (default: torch's own choice)", **size)
+    add(
+        "--threads",
+        "of the CPU; they decide the last bits (default: torch's own choice)",
+        type=_number(int, 1, 1025),
+        metavar="N",
+    )
     add("--word-size", "size of a word vector", **size)
     add("--hidden-size", "size of the GRU in each direction", **size)
     add("--joint-size", "D, size of the joint space", **size)
@@ -177,19 +190,43 @@ def new_options(command: Command) -> Options:
 
 def resumed_options(command: Command, stored: dict[str, object], path: Path) -> Options:
     """The options of the checkpoint at `path`. Given ones must agree, but the data may move."""
-    try:
-        options = Options(**stored)
-    except TypeError as error:
-        raise InputError(f"{path}: checkpoint of another version: {error}") from None
+    options = _checked(stored, path)
     for name, value in command.options.items():
         if name != "data" and value != stored[name]:
-            flag = name.replace("_", "-")
             raise InputError(
-                f"--{flag} {value}: the run in {path} has {stored[name]}; leave it out"
+                f"{_flag(name)} {value}: the run in {path} has {stored[name]}; leave it out"
             )
     options.data = command.options.get("data", options.data)
     _check_hardware(options)
     return options
+
+
+def _checked(stored: object, path: Path) -> Options:
+    """The options of a checkpoint, which must be what the command line could have given."""
+    names = {field.name for field in dataclasses.fields(Options)}
+    if not isinstance(stored, dict) or stored.keys() != names:
+        odd = (
+            ", ".join(sorted(map(str, names ^ set(stored)))) if isinstance(stored, dict) else stored
+        )
+        raise InputError(f"{path}: checkpoint of another version: other options: {odd}")
+    argv = [
+        _flag(name) if value is True else f"{_flag(name)}={value}"
+        for name, value in stored.items()
+        if value is not None and value is not False
+    ]
+    try:
+        options = Options(**parse_command(argv, "").options)
+        options.complete()
+    except InputError as error:
+        raise InputError(f"{path}: options: {error}") from None
+    for name, value in stored.items():
+        if getattr(options, name) != value:
+            raise InputError(f"{path}: options: {_flag(name)} cannot be {value!r}")
+    return options
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _check_hardware(options: Options) -> None:
@@ -199,6 +236,8 @@ def _check_hardware(options: Options) -> None:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
     try:
-        hinge_loss(probe, probe, backend=options.backend)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what auto falls back to, the first step warns
+            hinge_loss(probe, probe, backend=options.backend)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--backend {options.backend}: {error}") from None

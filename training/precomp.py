@@ -4,14 +4,17 @@ Line 5i + k of a caption file (counted from 0) is caption k of image i. The feat
 for each image, or the same row five times.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy
 import torch
 
 from .data import CAPTIONS_PER_IMAGE, Dataset, InputError, Split
+from .vocabulary import tokenize
 
 DTYPES = ("float16", "float32", "float64")
+LONGEST_CAPTION = 1000  # words: the GRU of a batch takes memory and time by its longest caption
 
 
 def load_precomp(directory: Path) -> Dataset:
@@ -43,17 +46,24 @@ def _load_split(directory: Path, name: str) -> Split:
             f" row {CAPTIONS_PER_IMAGE} times"
         )
     owners = torch.arange(lines) // CAPTIONS_PER_IMAGE
-    return Split(torch.from_numpy(features), captions, owners)
+    claims = [" ".join(tokenize(caption)) for caption in captions]
+    facts = [
+        set(claims[first : first + CAPTIONS_PER_IMAGE])
+        for first in range(0, lines, CAPTIONS_PER_IMAGE)
+    ]
+    return Split(torch.from_numpy(features), captions, owners, claims, facts)
 
 
 def _read_features(path: Path) -> numpy.ndarray:
     """[rows, F] float32, finite."""
     try:
         # mmap_mode lets NumPy compare the size of the file with its header before it allocates.
-        features = numpy.load(path, mmap_mode="r", allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            features = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # noqa: BLE001 - NumPy evaluates the header, which may fail in any way
         reason = str(error).splitlines()[0] if str(error) else "empty file"
         raise InputError(f"{path}: truncated, or not an .npy file of numbers: {reason}") from None
     if not isinstance(features, numpy.ndarray):
@@ -102,4 +112,8 @@ def _read_captions(path: Path) -> list[str]:
     captions = [line.strip() for line in text.removesuffix("\n").split("\n")]
     if "" in captions:
         raise InputError(f"{path}: line {captions.index('') + 1} is an empty caption")
+    for line, caption in enumerate(captions, 1):
+        words = len(tokenize(caption))
+        if words > LONGEST_CAPTION:
+            raise InputError(f"{path}: line {line} has {words} words; at most {LONGEST_CAPTION}")
     return captions

@@ -1,14 +1,10 @@
-"""What the trainer shows: tables, curves, and scenes with the captions retrieved for them."""
+"""Tables of recalls, and the curves of a run."""
 
 import io
 
 import matplotlib
-import torch
-from torch import Tensor
 
 from fused_vse.retrieval import Retrieval
-
-from .data import Split
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -19,7 +15,6 @@ EPOCH_HEADER = (
     "epoch  phase                loss   image to text  R@1   R@5  R@10  median"
     "   text to image  R@1   R@5  R@10  median   rsum    time"
 )
-SCENES_SHOWN, CAPTIONS_SHOWN = 6, 5
 
 
 def as_json(retrieval: Retrieval) -> dict:
@@ -56,57 +51,65 @@ def final_table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def curves(history: list[dict]) -> bytes:
-    """A PNG of the loss and of the dev recalls over the epochs."""
+def curves(history: list[dict], plateaus: dict[str, float | None]) -> bytes:
+    """A PNG over the epochs: a panel for the loss of each phase, then what all phases share.
+
+    `plateaus` are those of the phases' losses, or None.
+    """
     epochs = [line["epoch"] for line in history]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for phase in dict.fromkeys(line["phase"] for line in history):
+    best = [line["epoch"] for line in history if line["best"]][-1]
+    figure, grid = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    panels = list(grid.flat)
+
+    def panel(title: str, **limits: object) -> pyplot.Axes:
+        axes = panels.pop(0)
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, max(len(epochs), 2) + 0.5), **limits)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        return axes
+
+    for phase, plateau in plateaus.items():
         chosen = [line for line in history if line["phase"] == phase]
-        left.plot(
-            [line["epoch"] for line in chosen], [line["loss"] for line in chosen], "o-", label=phase
-        )
-    left.set(title="training loss", xlabel="epoch", ylabel="loss")
+        axes = panel(f"training loss: {phase}")
+        axes.plot([line["epoch"] for line in chosen], [line["loss"] for line in chosen], "o-")
+        if plateau is not None:
+            axes.axhline(
+                plateau,
+                color="gray",
+                linestyle="--",
+                label=f"plateau {plateau:.4g}: all scores equal",
+            )
+            _legend_below(axes)
+    axes = panel("dev rsum")
+    axes.plot(epochs, [line["dev"]["rsum"] for line in history], "o-")
+    axes.axvline(best, color="C2", linestyle=":", label=f"best epoch: {best}")
+    _legend_below(axes)
+    axes = panel("dev recall (%)", ylim=(-3, 103))
     for direction, style in zip(DIRECTIONS, ("-", "--"), strict=True):
         for k, color in zip(KS, ("C0", "C1", "C2"), strict=True):
             values = [line["dev"][direction][f"R@{k}"] for line in history]
             label = f"{direction.replace('_', ' ')} R@{k}"
-            right.plot(epochs, values, style, marker="o", color=color, label=label)
-    right.set(title="dev set", xlabel="epoch", ylabel="recall (%)", ylim=(0, 100))
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return _png(figure)
-
-
-def retrieved_captions(
-    split: Split,
-    shape: tuple[int, int],
-    images: Tensor,  # [N, D]
-    captions: Tensor,  # [M, D]
-) -> bytes:
-    """A PNG of scenes with their top captions; right ones are green and ticked."""
-    shown = torch.linspace(0, len(images) - 1, SCENES_SHOWN).long()
-    top = (images[shown] @ captions.T).topk(CAPTIONS_SHOWN).indices
-    figure, grid = pyplot.subplots(
-        SCENES_SHOWN, 2, figsize=(11, 1.5 * SCENES_SHOWN), width_ratios=(1, 7), layout="constrained"
+            axes.plot(epochs, values, style, marker="o", color=color, label=label)
+    _legend_below(axes, columns=2)
+    with_statistics = [line for line in history if line["active_share"] is not None]
+    if with_statistics:
+        axes = panel("active share (%): anchors with a violation", ylim=(-3, 103))
+        shares = [100 * line["active_share"] for line in with_statistics]
+        axes.plot([line["epoch"] for line in with_statistics], shares, "o-")
+    panel("learning rate at the start").plot(
+        epochs, [line["learning_rate"] for line in history], "o-"
     )
-    for (picture, text), scene, found in zip(grid, shown.tolist(), top.tolist(), strict=True):
-        picture.imshow(split.features[scene].reshape(shape).numpy(), cmap="gray_r")
-        picture.set(xticks=[], yticks=[])
-        text.axis("off")
-        for place, j in enumerate(found):
-            right = split.owners[j] == scene
-            line = f"{place + 1}. {'✓' if right else '✗'} {split.captions[j]}"
-            height = 1 - (place + 0.5) / CAPTIONS_SHOWN
-            text.text(
-                0, height, line, va="center", fontsize=9, color="green" if right else "firebrick"
-            )
-    figure.suptitle("test scenes and their top captions")
-    return _png(figure)
+    for axes in panels:
+        axes.axis("off")
+    return png(figure)
 
 
-def _png(figure: pyplot.Figure) -> bytes:
+def _legend_below(axes: pyplot.Axes, columns: int = 1) -> None:
+    # Beside the panel, never on the data.
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
+
+
+def png(figure: pyplot.Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)

@@ -78,16 +78,22 @@ struct WithBatch<op> {
   }
 };
 
-// A vector argument, contiguous, after a check; `type` is what it must be.
-inline Tensor vector(const Tensor& x, const char* name, int64_t size, ScalarType type) {
+// A vector argument, after a check; of T.
+template <typename T>
+std::vector<T> vector_of(const Tensor& x, const char* name, int64_t size) {
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size, name, " must have ", size, " elements");
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
-  return torch::stable::contiguous(x);
+  STD_TORCH_CHECK(x.scalar_type() == SCALAR_TYPE<T>, name, " has the wrong dtype");
+  std::vector<T> values(size);
+  const int64_t stride = x.stride(0);
+  const T* const from = data<T>(x);
+  for (int64_t i = 0; i < size; ++i) values[i] = from[i * stride];
+  return values;
 }
 
-// A derivative: of any dtype, converted.
-inline Tensor upstream(const Tensor& x, const char* name, int64_t size, ScalarType type) {
-  return vector(converted(x, type), name, size, type);
+// A vector of derivatives: of any dtype, converted.
+template <typename T>
+std::vector<T> upstream_of(const Tensor& x, const char* name, int64_t size) {
+  return vector_of<T>(converted(x, SCALAR_TYPE<T>), name, size);
 }
 
 // The factor of the scores in the exponentials: scale_tensor if given, else scale.
@@ -107,10 +113,8 @@ bool is_usable(double a) {
 template <typename T>
 struct PerAnchor {
   PerAnchor(const Batch& batch, T other) : rows(batch.n(), other), cols(batch.m(), other) {}
-  PerAnchor(const Batch& batch, const Tensor& values, T other) : PerAnchor(batch, other) {
-    const T* const x = data<T>(values);
-    std::copy_n(x, batch.row_anchors, rows.begin());
-    std::copy_n(x + batch.row_anchors, batch.column_anchors, cols.begin());
+  PerAnchor(const Batch& batch, const std::vector<T>& values, T other) : PerAnchor(batch, other) {
+    for (int64_t a = 0; a < batch.anchors(); ++a) at(batch, a) = values[a];
   }
   T& at(const Batch& batch, int64_t anchor) {
     return anchor < batch.row_anchors ? rows[anchor] : cols[anchor - batch.row_anchors];
@@ -120,8 +124,7 @@ struct PerAnchor {
 
 // Whether a statistic [R + C] says that all gradients are NaN.
 template <typename T>
-bool is_poisoned(const Batch& batch, const Tensor& statistic) {
-  const T* const x = data<T>(statistic);
+bool is_poisoned(const Batch& batch, const std::vector<T>& x) {
   return (batch.row_anchors > 0 && x[0] != x[0]) ||
          (batch.column_anchors > 0 && x[batch.row_anchors] != x[batch.row_anchors]);
 }

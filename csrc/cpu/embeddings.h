@@ -51,8 +51,8 @@ template <typename T>
 class EmbeddingGradients {
  public:
   EmbeddingGradients(const Batch& batch, const Needs& needs)
-      : d_images(zeros(batch.images, needs.images)),
-        d_captions(zeros(*batch.captions, needs.captions)),
+      : d_images(like(batch.images, needs.images)),
+        d_captions(like(*batch.captions, needs.captions)),
         g(empty({largest_tile(batch)}, SCALAR_TYPE<T>)),
         type_(batch.images.scalar_type()),
         captions_type_(needs.accumulate_captions ? SCALAR_TYPE<T> : type_) {}
@@ -69,9 +69,8 @@ class EmbeddingGradients {
   const Tensor g;  // a tile of G
 
  private:
-  static Tensor zeros(const Tensor& x, bool needed) {
-    Tensor result = needed ? empty({x.size(0), x.size(1)}, SCALAR_TYPE<T>) : empty({0}, SCALAR_TYPE<T>);
-    return torch::stable::zero_(result);
+  static Tensor like(const Tensor& x, bool needed) {
+    return needed ? empty({x.size(0), x.size(1)}, SCALAR_TYPE<T>) : empty({0}, SCALAR_TYPE<T>);
   }
   const ScalarType type_, captions_type_;
 };

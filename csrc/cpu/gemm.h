@@ -35,7 +35,10 @@ class Gemm {
   class Sink : public EmbeddingGradients<T> {
    public:
     Sink(const Gemm& source, const Batch& batch, const T* d_positive, const Needs& needs)
-        : EmbeddingGradients<T>(batch, needs), e_(source.e), batch_(batch), d_positive_(d_positive) {}
+        : EmbeddingGradients<T>(batch, needs), e_(source.e), batch_(batch), d_positive_(d_positive) {
+      if (batch.column_anchors == 0) zero(this->d_images, batch.row_anchors);
+      if (batch.row_anchors == 0) zero(this->d_captions, batch.column_anchors);
+    }
 
     void complete(const Strip<T>& strip, const GradientStrip<T>& g) const {
       g.add_pairs(batch_, strip, d_positive_);
@@ -43,15 +46,21 @@ class Gemm {
 
     void finish(const Tile& tile) {
       const Tensor g = tile.view(this->g);
-      add(this->d_images, tile.row, g, rows_of(e_.captions, tile.col, tile.cols));
-      add(this->d_captions, tile.col, transposed(g), rows_of(e_.images, tile.row, tile.rows));
+      add(this->d_images, tile.row, g, rows_of(e_.captions, tile.col, tile.cols), tile.col == 0);
+      add(this->d_captions, tile.col, transposed(g), rows_of(e_.images, tile.row, tile.rows), tile.row == 0);
     }
 
    private:
-    static void add(const Tensor& d, int64_t row, const Tensor& g, const Tensor& others) {
+    static void add(const Tensor& d, int64_t row, const Tensor& g, const Tensor& others, bool is_first) {
       if (!d.numel()) return;
       Tensor out = rows_of(d, row, g.size(0));
-      matmul_add(out, g, others, 1, 1);
+      matmul_add(out, g, others, is_first ? 0 : 1, 1);
+    }
+    // What is in no tile.
+    static void zero(const Tensor& d, int64_t begin) {
+      if (!d.numel() || begin == d.size(0)) return;
+      Tensor rest = rows_of(d, begin, d.size(0) - begin);
+      torch::stable::zero_(rest);
     }
     const Embeddings<T>& e_;
     const Batch& batch_;

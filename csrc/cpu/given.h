@@ -14,27 +14,31 @@ class Given {
 
   // Only 16-bit scores and those that are not in rows are copied.
   void prepare(const Tile& tile) {
-    tile_ = part_of(scores_, tile.row, tile.rows, tile.col, tile.cols);
-    if (tile_.scalar_type() != SCALAR_TYPE<T> || tile_.stride(1) != 1)
-      tile_ = contiguous_as(tile_, SCALAR_TYPE<T>);
+    ld_ = scores_.stride(0);
+    if (scores_.scalar_type() == SCALAR_TYPE<T> && scores_.stride(1) == 1) {
+      s_ = data<T>(scores_) + tile.row * ld_ + tile.col;
+      return;
+    }
+    copy_ = contiguous_as(part_of(scores_, tile.row, tile.rows, tile.col, tile.cols), SCALAR_TYPE<T>);
+    s_ = data<T>(*copy_);
+    ld_ = tile.cols;
   }
 
   // Also false if a score is so large that differences could overflow.
   bool read(const Strip<T>& strip, T* out) const {
-    const int64_t ld = tile_.stride(0);
-    strip.copy(strip.in(data<T>(tile_), ld), ld, out, strip.cols());
+    strip.copy(strip.in(s_, ld_), ld_, out, strip.cols());
     return kernels<T>().max_abs(out, strip.rows() * strip.cols()) < std::numeric_limits<T>::max() / 4;
   }
 
   // d_scores [N, M]: written in place, or converted from a tile in the accumulation type.
   class Sink {
    public:
-    Sink(const Given& source, const Batch& batch, const T* d_positive, const Needs& needs)
+    Sink(const Given&, const Batch& batch, const T* d_positive, const Needs& needs)
         : batch_(batch), d_positive_(d_positive), gradients_(empty_gradients(batch, needs)) {
       const Tensor& d_scores = std::get<0>(gradients_);
       in_place_ = d_scores.numel() > 0 && d_scores.scalar_type() == SCALAR_TYPE<T>;
       if (!in_place_) buffer_ = empty({largest_tile(batch)}, SCALAR_TYPE<T>);
-      if (!d_scores.numel()) return;
+      if (!d_scores.numel() || batch.row_anchors == batch.n() || batch.column_anchors == batch.m()) return;
       Tensor unseen = part_of(d_scores, batch.row_anchors, batch.n() - batch.row_anchors,
                               batch.column_anchors, batch.m() - batch.column_anchors);
       torch::stable::zero_(unseen);
@@ -69,7 +73,9 @@ class Given {
 
  private:
   const Tensor& scores_;
-  Tensor tile_;
+  OptionalTensor copy_;
+  const T* s_ = nullptr;  // the tile
+  int64_t ld_ = 0;
 };
 
 }  // namespace fused_vse

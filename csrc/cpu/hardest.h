@@ -20,6 +20,10 @@ struct Best {
   void offer(int64_t i, const Best& other, int64_t at) {
     if (other.index[at] >= 0) offer(i, other.score[at], other.index[at]);
   }
+  void forget(int64_t i) {
+    score[i] = EXCLUDED<T>;
+    index[i] = -1;
+  }
 
   std::vector<T> score;
   std::vector<int64_t> index;
@@ -40,6 +44,46 @@ struct BestOfSides {
 
   Best<T> rows, cols;
 };
+
+// Scores every pair that an anchor sees. False, with nothing to be used, if a score is not finite.
+template <typename T, typename Source>
+bool search_everything(const Pass<T>& pass, Source& source, BestOfSides<T>* best) {
+  std::vector<Best<T>> group_cols(pass.groups(), Best<T>(pass.batch.m()));
+  Best<T> panel_rows(pass.row_slots());
+  const int64_t num_rows = pass.batch.row_anchors;
+
+  const auto task = [&](const Strip<T>& strip) {
+    const StripScores<T>& s = strip.scores;
+    T row_max[STRIP_ROWS], col_max[PANEL];
+    T* const score = &group_cols[strip.group].score[strip.col()];
+    int64_t* const index = &group_cols[strip.group].index[strip.col()];
+    std::copy_n(score, s.cols, col_max);
+    kernels<T>().maxima(s, row_max, col_max);
+    for (int64_t c = 0; c < s.cols; ++c) {
+      if (col_max[c] == score[c]) continue;
+      int64_t r = 0;
+      while (s.row(r)[c] != col_max[c]) ++r;
+      score[c] = col_max[c];
+      index[c] = strip.row() + r;
+    }
+    for (int64_t r = 0; r < s.rows && strip.row() + r < num_rows; ++r)
+      if (row_max[r] > best->rows.score[strip.row() + r])
+        panel_rows.offer(pass.row_slot(strip.panel, strip.row_in_tile + r), row_max[r],
+                         strip.col() + (std::find(s.row(r), s.row(r) + s.cols, row_max[r]) - s.row(r)));
+  };
+  const auto finish = [&](const Tile& tile) {
+    for (int64_t panel = 0; panel < tile.panels(); ++panel)
+      for (int64_t r = 0; r < std::min(tile.rows, num_rows - tile.row); ++r) {
+        const int64_t at = pass.row_slot(panel, r);
+        best->rows.offer(tile.row + r, panel_rows, at);
+        panel_rows.forget(at);
+      }
+  };
+  if (!pass.run(source, task, finish)) return false;
+  for (const Best<T>& group : group_cols)
+    for (int64_t c = 0; c < pass.batch.column_anchors; ++c) best->cols.offer(c, group, c);
+  return true;
+}
 
 // One side's part in the gradient of the hardest negatives.
 template <typename T>
@@ -75,7 +119,7 @@ class Choosers {
 
 // For every row i of this side, in parallel: sum(i, weights, others), what the backward pass of the
 // hardest negatives adds up for it. `others` are rows of the other side: i's own positive and hardest
-// negative, and every anchor there whose hardest negative i is. Weights of 0 are left out.
+// negative, and every anchor there whose hardest negative i is, each once. Weights of 0 are left out.
 template <typename T, typename Sum>
 void gather(const Choice<T>& own, const Choice<T>& theirs, const T* d_positive, int64_t pair_count,
             const Sum& sum) {
@@ -88,6 +132,12 @@ void gather(const Choice<T>& own, const Choice<T>& theirs, const T* d_positive, 
       others.clear();
       const auto add = [&](T weight, int64_t row) {
         if (weight == 0) return;
+        // Choosers differ from each other: a repetition is among the first two.
+        for (size_t a = 0; a < std::min(others.size(), size_t{2}); ++a)
+          if (others[a] == row) {
+            weights[a] += weight;
+            return;
+          }
         weights.push_back(weight);
         others.push_back(row);
       };

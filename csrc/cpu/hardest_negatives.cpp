@@ -9,45 +9,6 @@
 namespace fused_vse {
 namespace {
 
-template <typename T, typename Source>
-bool search_everything(const Pass<T>& pass, Source& source, BestOfSides<T>* best) {
-  std::vector<Best<T>> group_cols(GROUPS, Best<T>(pass.batch.m()));
-  std::vector<Best<T>> panel_rows(TILE_PANELS, Best<T>(TILE_ROWS));
-  const int64_t num_rows = pass.batch.row_anchors;
-
-  const auto task = [&](const Strip<T>& strip) {
-    const StripScores<T>& s = strip.scores;
-    T row_max[STRIP_ROWS], col_max[PANEL];
-    T* const score = &group_cols[strip.group].score[strip.col()];
-    int64_t* const index = &group_cols[strip.group].index[strip.col()];
-    std::copy_n(score, s.cols, col_max);
-    kernels<T>().maxima(s, row_max, col_max);
-    for (int64_t c = 0; c < s.cols; ++c) {
-      if (col_max[c] == score[c]) continue;
-      int64_t r = 0;
-      while (s.row(r)[c] != col_max[c]) ++r;
-      score[c] = col_max[c];
-      index[c] = strip.row() + r;
-    }
-    for (int64_t r = 0; r < s.rows && strip.row() + r < num_rows; ++r)
-      if (row_max[r] > best->rows.score[strip.row() + r])
-        panel_rows[strip.panel].offer(
-            strip.row_in_tile + r, row_max[r],
-            strip.col() + (std::find(s.row(r), s.row(r) + s.cols, row_max[r]) - s.row(r)));
-  };
-  const auto finish = [&](const Tile& tile) {
-    for (int64_t panel = 0; panel < tile.panels(); ++panel) {
-      for (int64_t r = 0; r < std::min(tile.rows, num_rows - tile.row); ++r)
-        best->rows.offer(tile.row + r, panel_rows[panel], r);
-      panel_rows[panel] = Best<T>(TILE_ROWS);
-    }
-  };
-  if (!pass.run(source, task, finish)) return false;
-  for (const Best<T>& group : group_cols)
-    for (int64_t c = 0; c < pass.batch.column_anchors; ++c) best->cols.offer(c, group, c);
-  return true;
-}
-
 enum class Search { AUTO, EXACT, IN_FLOAT32, IN_BFLOAT16 };
 
 template <Search search>
@@ -64,14 +25,16 @@ bool certified(const Batch& batch, const Embeddings<float>& embeddings, BestOfSi
 
 template <Search search, typename T>
 bool find(const Batch& batch, const OptionalTensor& ceiling, BestOfSides<T>* best) {
-  const auto among_all = [&](auto& source) {
+  if (batch.captions && batch.similarity == DOT) {
+    Pairwise<T> source(batch, {}, kernels<T>().dots);
+    if (!source.e.has_bounded_dots()) return false;
+    if constexpr (std::is_same_v<T, float>)
+      if (!ceiling && certified<search>(batch, source.e, best)) return true;
+    return search_everything(Pass<T>(batch, ceiling), source, best);
+  }
+  return with_source<T>(batch, {}, [&](auto& source) {
     return source.is_bounded() && search_everything(Pass<T>(batch, ceiling), source, best);
-  };
-  if (!batch.captions || batch.similarity != DOT) return with_source<T>(batch, {}, among_all);
-  Dots<T> source(batch);
-  if constexpr (std::is_same_v<T, float>)
-    if (!ceiling && source.is_bounded() && certified<search>(batch, source.e, best)) return true;
-  return among_all(source);
+  });
 }
 
 template <Search search>
@@ -91,7 +54,7 @@ std::tuple<Tensor, Tensor> hardest_negatives(const Batch& batch, const OptionalT
   });
 }
 
-// d_scores: an entry's summands are added up in the accumulation type, and rounded once.
+// d_scores: an entry is the sum of what gather() found for it, in the accumulation type, rounded once.
 template <typename T>
 void scatter(const Choice<T>& rows, const Choice<T>& cols, const T* d_positive, int64_t pair_count,
              Tensor& d_scores) {
@@ -100,17 +63,8 @@ void scatter(const Choice<T>& rows, const Choice<T>& cols, const T* d_positive, 
     using Element = std::remove_pointer_t<decltype(g)>;
     gather(rows, cols, d_positive, pair_count,
            [&](int64_t i, const std::vector<T>& weights, const std::vector<int64_t>& columns) {
-             std::vector<std::pair<int64_t, T>> entries;
-             for (size_t a = 0; a < columns.size(); ++a) entries.emplace_back(columns[a], weights[a]);
-             std::sort(entries.begin(), entries.end());
-             T sum = 0;
-             for (size_t a = 0; a < entries.size(); ++a) {
-               const int64_t column = entries[a].first;
-               sum += entries[a].second;
-               if (a + 1 < entries.size() && entries[a + 1].first == column) continue;
-               g[i * cols.size + column] = static_cast<Element>(sum);
-               sum = 0;
-             }
+             for (size_t a = 0; a < columns.size(); ++a)
+               g[i * cols.size + columns[a]] = static_cast<Element>(weights[a]);
            });
   });
 }
@@ -151,28 +105,26 @@ Gradients hardest_negatives_backward(const Batch& batch, const Tensor& score, co
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     const Needs needs{need_images, need_captions, accumulate_captions};
-    if (is_poisoned<T>(batch, vector(score, "score", batch.anchors(), SCALAR_TYPE<T>)))
-      return nan_gradients(batch, needs);
-    const Tensor chosen = vector(index, "index", batch.anchors(), ScalarType::Long);
-    const Tensor direct = upstream(d_positive, "d_positive", batch.pair_count, SCALAR_TYPE<T>);
-    const Tensor g = upstream(d_score, "d_score", batch.anchors(), SCALAR_TYPE<T>);
+    if (is_poisoned(batch, vector_of<T>(score, "score", batch.anchors()))) return nan_gradients(batch, needs);
+    const auto chosen = vector_of<int64_t>(index, "index", batch.anchors());
+    const auto direct = upstream_of<T>(d_positive, "d_positive", batch.pair_count);
+    const auto g = upstream_of<T>(d_score, "d_score", batch.anchors());
     const int64_t num_rows = batch.row_anchors, n = batch.n(), m = batch.m();
-    const Choice<T> rows{n, num_rows, batch.pair_row, data<T>(g), data<int64_t>(chosen)};
-    const Choice<T> cols{m, batch.column_anchors, batch.pair_column, data<T>(g) + num_rows,
-                         data<int64_t>(chosen) + num_rows};
+    const Choice<T> rows{n, num_rows, batch.pair_row, g.data(), chosen.data()};
+    const Choice<T> cols{m, batch.column_anchors, batch.pair_column, g.data() + num_rows,
+                         chosen.data() + num_rows};
     rows.check(m);
     cols.check(n);
     auto [d_images, d_captions] = empty_gradients(batch, needs);
     if (!batch.captions) {
-      if (need_images) scatter(rows, cols, data<T>(direct), batch.pair_count, d_images);
+      if (need_images) scatter(rows, cols, direct.data(), batch.pair_count, d_images);
       return Gradients(d_images, d_captions);
     }
     if (need_images)
-      d_images =
-          converted(gather_embeddings(batch, true, rows, cols, data<T>(direct)), d_images.scalar_type());
+      d_images = converted(gather_embeddings(batch, true, rows, cols, direct.data()), d_images.scalar_type());
     if (need_captions)
       d_captions =
-          converted(gather_embeddings(batch, false, cols, rows, data<T>(direct)), d_captions.scalar_type());
+          converted(gather_embeddings(batch, false, cols, rows, direct.data()), d_captions.scalar_type());
     return Gradients(d_images, d_captions);
   });
 }

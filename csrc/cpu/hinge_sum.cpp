@@ -1,12 +1,13 @@
 // hinge_sum on the CPU (ops.py).
 #include "sources.h"
+#include "statistics.h"
 
 namespace fused_vse {
 namespace {
 
 // The sum and the number of the hinges above 0 of every row, or of every column.
-struct Hinges {
-  explicit Hinges(int64_t size) : sum(size), active(size) {}
+struct SideHinges {
+  explicit SideHinges(int64_t size) : sum(size), active(size) {}
   void add(int64_t i, double s, int64_t count) {
     sum[i] += s;
     active[i] += count;
@@ -19,15 +20,15 @@ template <typename T, typename Source>
 bool forward(const Pass<T>& pass, Source& source, const PerAnchor<T>& threshold, T* hinge_sum,
              int64_t* active) {
   const int64_t num_rows = pass.batch.row_anchors, num_cols = pass.batch.column_anchors;
-  Hinges rows(pass.batch.n()), cols(num_cols);
-  std::vector<Hinges> group_cols(GROUPS, Hinges(pass.batch.m()));
-  std::vector<T> row_sum(TILE_PANELS * TILE_ROWS), row_count(TILE_PANELS * TILE_ROWS);
+  SideHinges rows(num_rows), cols(num_cols);
+  std::vector<SideHinges> group_cols(pass.groups(), SideHinges(pass.batch.m()));
+  std::vector<T> row_sum(pass.row_slots()), row_count(pass.row_slots());
 
   const auto task = [&](const Strip<T>& strip) {
     T sum[PANEL], count[PANEL];
     std::fill_n(sum, strip.cols(), T(0));
     std::fill_n(count, strip.cols(), T(0));
-    const int64_t at = strip.panel * TILE_ROWS + strip.row_in_tile;
+    const int64_t at = pass.row_slot(strip.panel, strip.row_in_tile);
     kernels<T>().hinge_sums(strip.scores, &threshold.rows[strip.row()], &threshold.cols[strip.col()],
                             &row_sum[at], &row_count[at], sum, count);
     for (int64_t c = 0; c < strip.cols(); ++c)
@@ -35,26 +36,30 @@ bool forward(const Pass<T>& pass, Source& source, const PerAnchor<T>& threshold,
   };
   const auto finish = [&](const Tile& tile) {
     for (int64_t panel = 0; panel < tile.panels(); ++panel)
-      for (int64_t r = 0, at = panel * TILE_ROWS; r < tile.rows; ++r, ++at)
+      for (int64_t r = 0; r < std::min(tile.rows, num_rows - tile.row); ++r) {
+        const int64_t at = pass.row_slot(panel, r);
         rows.add(tile.row + r, double(row_sum[at]), int64_t(row_count[at]));
+      }
   };
   if (!pass.run(source, task, finish)) return false;
-  for (const Hinges& group : group_cols)
+  for (const SideHinges& group : group_cols)
     for (int64_t c = 0; c < num_cols; ++c) cols.add(c, group.sum[c], group.active[c]);
-  hinge_sum = std::copy_n(rows.sum.begin(), num_rows, hinge_sum);
-  std::copy_n(cols.sum.begin(), num_cols, hinge_sum);
-  active = std::copy_n(rows.active.begin(), num_rows, active);
-  std::copy_n(cols.active.begin(), num_cols, active);
+  for (const SideHinges* side : {&rows, &cols}) {
+    hinge_sum = std::copy(side->sum.begin(), side->sum.end(), hinge_sum);
+    active = std::copy(side->active.begin(), side->active.end(), active);
+  }
   return true;
 }
 
 template <typename T>
 PerAnchor<T> thresholds(const Batch& batch, const Tensor& threshold) {
-  return {batch, vector(threshold, "threshold", batch.anchors(), SCALAR_TYPE<T>), INFINITE<T>};
+  return {batch, vector_of<T>(threshold, "threshold", batch.anchors()), INFINITE<T>};
 }
 
-std::tuple<Tensor, Tensor, Tensor> hinge_sum(const Batch& batch, const OptionalTensor& ceiling,
-                                             const Tensor& threshold, bool save_scores) {
+}  // namespace
+
+Hinges hinge_sum(const Batch& batch, const OptionalTensor& ceiling, const Tensor& threshold,
+                 bool save_scores) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     Tensor sums = empty({batch.anchors()}, SCALAR_TYPE<T>);
@@ -80,10 +85,10 @@ Gradients hinge_sum_backward(const Batch& batch, const OptionalTensor& ceiling, 
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     const Needs needs{need_images, need_captions, accumulate_captions};
-    if (is_poisoned<T>(batch, vector(hinge_sum, "hinge_sum", batch.anchors(), SCALAR_TYPE<T>)))
+    if (is_poisoned(batch, vector_of<T>(hinge_sum, "hinge_sum", batch.anchors())))
       return nan_gradients(batch, needs);
     const PerAnchor<T> of_anchors = thresholds<T>(batch, threshold);
-    const PerAnchor<T> g(batch, upstream(d_hinge_sum, "d_hinge_sum", batch.anchors(), SCALAR_TYPE<T>), 0);
+    const PerAnchor<T> g(batch, upstream_of<T>(d_hinge_sum, "d_hinge_sum", batch.anchors()), 0);
     return dense_gradients<T>(
         batch, ceiling, scores, d_positive, needs, [&](const Strip<T>& strip, const GradientStrip<T>& out) {
           const int64_t row = strip.row(), col = strip.col();
@@ -92,8 +97,6 @@ Gradients hinge_sum_backward(const Batch& batch, const OptionalTensor& ceiling, 
         });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cpu, CPU, m) {
   m.impl("hinge_sum", TORCH_BOX(&WithBatch<&hinge_sum>::call));

@@ -124,19 +124,25 @@ void weighted_sum(const T* weights, const T* const* sources, int64_t n, int64_t 
   });
 }
 
-// The bits of |x| as an integer order like |x|, and every NaN above infinity: no maximum drops one.
+// The bits of |x| as an integer order like |x|, and every NaN above infinity: no maximum drops one. Four
+// maxima at a time, or each would wait for the one before.
 template <typename T>
 T max_abs(const T* x, int64_t n) {
   using Int = IntVec<T>;
   using Scalar = std::remove_reference_t<decltype(Int{}[0])>;
   const Int magnitude = Int{} + std::numeric_limits<Scalar>::max();
-  Int best = {};
-  for_each_vec<T>(n, [&](int64_t k, auto access) {
-    const Int bits = (Int)access.load(x + k) & magnitude;
-    best = bits > best ? bits : best;
-  });
-  auto top = best[0];
-  for (int64_t k = 1; k < LANES<T>; ++k) top = best[k] > top ? best[k] : top;
+  Int best[4] = {};
+  const auto raise = [&](int64_t i, Vec<T> v) __attribute__((always_inline)) {
+    const Int bits = (Int)v & magnitude;
+    best[i] = bits > best[i] ? bits : best[i];
+  };
+  int64_t k = 0;
+  for (; k + 4 * LANES<T> <= n; k += 4 * LANES<T>)
+    for (int64_t i = 0; i < 4; ++i) raise(i, Whole<T>{}.load(x + k + i * LANES<T>));
+  for_each_vec<T>(n - k, [&](int64_t c, auto access) { raise(0, access.load(x + k + c)); });
+  Scalar top = 0;
+  for (const Int& v : best)
+    for (int64_t l = 0; l < LANES<T>; ++l) top = v[l] > top ? v[l] : top;
   T result;
   std::memcpy(&result, &top, sizeof(result));
   return result;
@@ -163,13 +169,15 @@ inline auto with_ceilings(const StripScores<T>& strip, const Body& body) {
 
 template <typename T, bool CEILED, int64_t R>
 inline void maxima_rows(const StripScores<T>& strip, int64_t row, T* row_max, T* col_max) {
+  const T* const s_row = strip.row(row);
+  const int64_t ld = strip.ld;
   Vec<T> best[R];
   for (int64_t r = 0; r < R; ++r) best[r] = broadcast<T>(EXCLUDED<T>);
   for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
     Vec<T> column = access.load(col_max + c, EXCLUDED<T>);
-    for (int64_t r = row; r < row + R; ++r) {
-      const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
-      best[r - row] = max<T>(best[r - row], of_row<T, CEILED>(s, strip, r));
+    for (int64_t r = 0; r < R; ++r) {
+      const Vec<T> s = access.load(s_row + r * ld + c, EXCLUDED<T>);
+      best[r] = max<T>(best[r], of_row<T, CEILED>(s, strip, row + r));
       column = max<T>(column, of_column<T, CEILED>(s, strip, c, access));
     }
     access.store(col_max + c, column);
@@ -253,10 +261,11 @@ void exp_sums(const StripScores<T>& strip, double scale, const T* row_max, const
   const T unit = exponent_unit(scale, T{});
   with_ceilings(strip, [&](auto ceiled) {
     for (int64_t r = 0; r < strip.rows; ++r) {
+      const T* const row = strip.row(r);
       const T reference = row_max[r];
       Vec<T> sum = {};
       for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> s = access.load(row + c, EXCLUDED<T>);
         sum += power(exponent<T>(of_row<T, ceiled>(s, strip, r) - reference, unit));
         const Vec<T> in_column = of_column<T, ceiled>(s, strip, c, access) - access.load(col_max + c);
         access.store(col_sum + c, access.load(col_sum + c) + power(exponent<T>(in_column, unit)));
@@ -273,11 +282,12 @@ double exp_gradient(const StripScores<T>& strip, double scale, const T* row_refe
   double total = 0;
   with_ceilings(strip, [&](auto ceiled) {
     for (int64_t r = 0; r < strip.rows; ++r) {
+      const T* const row = strip.row(r);
       const T reference = row_reference[r], weight = row_weight[r];
       Vec<T> sum = {};
       for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
         // What lies beyond the row must vanish: with 0 its exponential may be infinite.
-        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> s = access.load(row + c, EXCLUDED<T>);
         const Vec<T> x = exponent<T>(of_row<T, ceiled>(s, strip, r) - reference, unit);
         const Vec<T> in_column = of_column<T, ceiled>(s, strip, c, access) - access.load(col_reference + c);
         const Vec<T> y = exponent<T>(in_column, unit);
@@ -297,10 +307,11 @@ void hinge_sums(const StripScores<T>& strip, const T* row_threshold, const T* co
   const Vec<T> zero = {}, one = broadcast<T>(1);
   with_ceilings(strip, [&](auto ceiled) {
     for (int64_t r = 0; r < strip.rows; ++r) {
+      const T* const row = strip.row(r);
       const T threshold = row_threshold[r];
       Vec<T> sum = {}, count = {};
       for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> s = access.load(row + c, EXCLUDED<T>);
         const Vec<T> x = of_row<T, ceiled>(s, strip, r) - threshold;
         sum += x > zero ? x : zero;
         count += x > zero ? one : zero;
@@ -320,10 +331,11 @@ void hinge_gradient(const StripScores<T>& strip, const T* row_threshold, const T
   const Vec<T> zero = {};
   with_ceilings(strip, [&](auto ceiled) {
     for (int64_t r = 0; r < strip.rows; ++r) {
+      const T* const row = strip.row(r);
       const T threshold = row_threshold[r];
       const Vec<T> weight = broadcast<T>(row_weight[r]);
       for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
-        const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+        const Vec<T> s = access.load(row + c, EXCLUDED<T>);
         const Vec<T> x = of_row<T, ceiled>(s, strip, r) - threshold;
         const Vec<T> y = of_column<T, ceiled>(s, strip, c, access) - access.load(col_threshold + c);
         access.store(g + r * ld_g + c,

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "sources.h"
+#include "statistics.h"
 
 namespace fused_vse {
 namespace {
@@ -53,12 +54,12 @@ bool forward(const Pass<T>& pass, Source& source, double a, T* reference, double
   constexpr int64_t MERGED = 128;  // a task
   const int64_t num_rows = pass.batch.row_anchors, num_cols = pass.batch.column_anchors;
   RunningSums<T> rows(num_rows, a), cols(num_cols, a);
-  std::vector<RunningSums<T>> group_cols(GROUPS, RunningSums<T>(pass.batch.m(), a));
-  std::vector<T> row_max(TILE_PANELS * TILE_ROWS), row_sum(TILE_PANELS * TILE_ROWS);
+  std::vector<RunningSums<T>> group_cols(pass.groups(), RunningSums<T>(pass.batch.m(), a));
+  std::vector<T> row_max(pass.row_slots()), row_sum(pass.row_slots());
 
   const auto task = [&](const Strip<T>& strip) {
     RunningSums<T>& sums = group_cols[strip.group];
-    const int64_t at = strip.panel * TILE_ROWS + strip.row_in_tile;
+    const int64_t at = pass.row_slot(strip.panel, strip.row_in_tile);
     T row_reference[STRIP_ROWS], col_reference[PANEL], of_cols[PANEL];
     std::fill_n(of_cols, strip.cols(), EXCLUDED<T>);
     kernels<T>().maxima(strip.scores, &row_max[at], of_cols);
@@ -75,8 +76,10 @@ bool forward(const Pass<T>& pass, Source& source, double a, T* reference, double
     parallel_each(
         std::clamp(num_rows - tile.row, int64_t{0}, tile.rows),
         [&](int64_t r) {
-          for (int64_t panel = 0; panel < tile.panels(); ++panel)
-            rows.merge(tile.row + r, row_max[panel * TILE_ROWS + r], row_sum[panel * TILE_ROWS + r]);
+          for (int64_t panel = 0; panel < tile.panels(); ++panel) {
+            const int64_t at = pass.row_slot(panel, r);
+            rows.merge(tile.row + r, row_max[at], row_sum[at]);
+          }
         },
         MERGED);
   };
@@ -92,9 +95,10 @@ bool forward(const Pass<T>& pass, Source& source, double a, T* reference, double
   return true;
 }
 
-std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, const OptionalTensor& ceiling,
-                                                      double scale, const OptionalTensor& scale_tensor,
-                                                      bool save_scores) {
+}  // namespace
+
+LogSums negative_logsumexp(const Batch& batch, const OptionalTensor& ceiling, double scale,
+                           const OptionalTensor& scale_tensor, bool save_scores) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     Tensor reference = empty({batch.anchors()}, SCALAR_TYPE<T>);
@@ -114,11 +118,14 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, const 
   });
 }
 
+namespace {
+
 // What the gradient needs of every anchor: exp(a (s - reference) - log_sum) a g = exp(a (s - reference))
 // weight. Where there is no anchor or no negative, the reference is so high that the exponential vanishes.
 template <typename T>
 struct Weights {
-  Weights(const Batch& batch, double a, const T* references, const double* log_sums, const double* g)
+  Weights(const Batch& batch, double a, const std::vector<T>& references, const std::vector<double>& log_sums,
+          const std::vector<double>& g)
       : reference(batch, std::numeric_limits<T>::max()), weight(batch, T(0)) {
     constexpr double FAR = 30;  // merged statistics may have a reference whose exponentials overflow
     for (int64_t i = 0; i < batch.anchors(); ++i) {
@@ -135,6 +142,8 @@ struct Weights {
   PerAnchor<T> reference, weight;
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     const Batch& batch, const OptionalTensor& ceiling, double scale, const OptionalTensor& scale_tensor,
     const Tensor& reference, const Tensor& log_sum, const Tensor& scores, const Tensor& d_positive,
@@ -142,16 +151,16 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
     const Needs needs{need_images, need_captions, accumulate_captions};
-    const Tensor references = vector(reference, "reference", batch.anchors(), SCALAR_TYPE<T>);
-    const Tensor log_sums = vector(log_sum, "log_sum", batch.anchors(), ScalarType::Double);
-    const Tensor g = upstream(d_log_sum, "d_log_sum", batch.anchors(), ScalarType::Double);
+    const auto references = vector_of<T>(reference, "reference", batch.anchors());
+    const auto log_sums = vector_of<double>(log_sum, "log_sum", batch.anchors());
+    const auto g = upstream_of<double>(d_log_sum, "d_log_sum", batch.anchors());
     const double a = effective_scale(scale, scale_tensor);
     Tensor d_scale = empty({}, SCALAR_TYPE<T>);
-    if (is_poisoned<double>(batch, log_sums)) {
+    if (is_poisoned(batch, log_sums)) {
       fill(d_scale, NOT_A_NUMBER<T>);
       return std::tuple_cat(nan_gradients(batch, needs), std::make_tuple(d_scale));
     }
-    const Weights<T> w(batch, a, data<T>(references), data<double>(log_sums), data<double>(g));
+    const Weights<T> w(batch, a, references, log_sums, g);
     std::vector<double> totals(GROUPS * TILE_PANELS);
     const Gradients gradients = dense_gradients<T>(
         batch, ceiling, scores, d_positive, needs, [&](const Strip<T>& strip, const GradientStrip<T>& out) {
@@ -163,8 +172,6 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     return std::tuple_cat(gradients, std::make_tuple(d_scale));
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_vse_cpu, CPU, m) {
   m.impl("negative_logsumexp", TORCH_BOX(&WithBatch<&negative_logsumexp>::call));

@@ -74,6 +74,8 @@ class Order : public Pairwise<T> {
    public:
     Sink(const Order& source, const Batch& batch, const T* d_positive, const Needs& needs)
         : EmbeddingGradients<T>(batch, needs), source_(source), batch_(batch) {
+      torch::stable::zero_(this->d_images);
+      torch::stable::zero_(this->d_captions);
       for (int64_t k = 0; k < batch.pair_count; ++k) {
         const T *image = source.e.image(batch.pair_row + k),
                 *caption = source.e.caption(batch.pair_column + k);
@@ -117,13 +119,6 @@ class Order : public Pairwise<T> {
     const Batch& batch_;
     std::vector<T> pairs_;  // d_positive over the distance
   };
-};
-
-template <typename T>
-class Dots : public Pairwise<T> {
- public:
-  explicit Dots(const Batch& batch) : Pairwise<T>(batch, {}, kernels<T>().dots) {}
-  bool is_bounded() const { return this->e.has_bounded_dots(); }
 };
 
 }  // namespace fused_vse

@@ -43,8 +43,7 @@ class Pass {
  public:
   explicit Pass(const Batch& batch, const OptionalTensor& ceiling = std::nullopt)
       : batch(batch), excluded_(batch) {
-    if (ceiling)
-      ceiling_.emplace(batch, vector(*ceiling, "ceiling", batch.anchors(), SCALAR_TYPE<T>), INFINITE<T>);
+    if (ceiling) ceiling_.emplace(batch, vector_of<T>(*ceiling, "ceiling", batch.anchors()), INFINITE<T>);
   }
 
   // False, with nothing to be used, if source.read() finds a score that is not finite.
@@ -78,6 +77,11 @@ class Pass {
     }
     return true;
   }
+
+  // How many groups there are, and where a task keeps what it finds for a row of the tile.
+  int64_t groups() const { return std::min(GROUPS, divided_up(std::min(TILE_ROWS, batch.n()), STRIP_ROWS)); }
+  int64_t row_slots() const { return row_slot(divided_up(std::min(TILE_COLS, batch.m()), PANEL), 0); }
+  int64_t row_slot(int64_t panel, int64_t row) const { return panel * std::min(TILE_ROWS, batch.n()) + row; }
 
   const Batch& batch;
 

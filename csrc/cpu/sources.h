@@ -33,10 +33,10 @@ Gradients dense_gradients(const Batch& batch, const OptionalTensor& ceiling, con
   STD_TORCH_CHECK(batch.pair_count == 0 || batch.pair_row + batch.pair_count <= batch.row_anchors ||
                       batch.pair_column + batch.pair_count <= batch.column_anchors,
                   "pair_count: there are pairs without an anchor");
-  const Tensor direct = upstream(d_positive, "d_positive", batch.pair_count, SCALAR_TYPE<T>);
+  const std::vector<T> direct = upstream_of<T>(d_positive, "d_positive", batch.pair_count);
   const Pass<T> pass(batch, ceiling);
   return with_source<T>(batch, {scores, true}, [&](auto& source) {
-    typename std::decay_t<decltype(source)>::Sink sink(source, batch, data<T>(direct), needs);
+    typename std::decay_t<decltype(source)>::Sink sink(source, batch, direct.data(), needs);
     pass.run(
         source,
         [&](const Strip<T>& strip) {

@@ -43,7 +43,8 @@ inline Tensor converted(const Tensor& x, ScalarType type) {
 }
 
 inline Tensor contiguous_as(const Tensor& x, ScalarType type) {
-  return torch::stable::contiguous(converted(x, type));
+  const Tensor y = converted(x, type);
+  return y.is_contiguous() ? y : torch::stable::contiguous(y);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
@@ -72,6 +73,7 @@ void fill(const Tensor& x, T value) {
 }
 
 inline Tensor rows_of(const Tensor& x, int64_t begin, int64_t count) {
+  if (count == x.size(0)) return x;
   Tensor view = x;
   return torch::stable::narrow(view, 0, begin, count);
 }

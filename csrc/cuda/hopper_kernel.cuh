@@ -22,7 +22,7 @@
 // The turn changes before the last products are done, so that the tensor cores always have work queued. The
 // epilogue stays hidden as long as it takes less than the other's multiplication, 12 D clocks.
 //
-// Budget of a block (one a multiprocessor), checked by tests/test_cuda_hopper_compile.py:
+// Budget of a block (one a multiprocessor), checked by tests/compile/test_cuda_hopper_compile.py:
 //   registers  128 producer threads x 40 + 256 consumer threads x 232 = 64512 = 384 x the 168 at its start
 //   shared     5 stages x 40 KiB + 12 KiB to exchange column items + barriers = 213 KiB of 227
 #pragma once
@@ -47,8 +47,6 @@ struct __align__(1024) Stage {
 };
 constexpr int STAGE_BYTES = sizeof(Stage);
 constexpr int SHARE_BYTES = SHARE_COLS * TILE_DEPTH * 2;
-
-constexpr int MAX_ITEM_BYTES = 8;
 
 template <typename Prepared>
 struct Shared {

@@ -86,7 +86,7 @@ void with_element(const Tensor& x, const F& f) {
 }
 
 unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
+  return unsigned((items + per_block - 1) / per_block);
 }
 
 // One call: the survey of its embeddings, then passes over pieces of S.
@@ -120,15 +120,9 @@ class Pass {
 
   template <typename Problem>
   void run(const Rectangle& rectangle, const Problem& problem) {
-    Walk walk{};
-    walk.rectangle = rectangle;
-    walk.raster = Raster::of(rectangle);
-    walk.row_anchors = static_cast<int>(batch_.row_anchors);
-    walk.column_anchors = static_cast<int>(batch_.column_anchors);
-    walk.pair_row = static_cast<int>(batch_.pair_row);
-    walk.pair_column = static_cast<int>(batch_.pair_column);
-    walk.pair_count = static_cast<int>(batch_.pair_count);
-    walk.depth_steps = static_cast<int>((d + TILE_DEPTH - 1) / TILE_DEPTH);
+    const Batch& x = batch_;
+    Walk walk{rectangle,       Raster::of(rectangle), int(x.row_anchors), int(x.column_anchors),
+              int(x.pair_row), int(x.pair_column),    int(x.pair_count),  int(blocks_for(d, TILE_DEPTH))};
     Tensor ranges;
     if (image_ids_) {
       const int tiles = rectangle.row_tiles() + rectangle.column_tiles();
@@ -167,13 +161,13 @@ class Pass {
     const int64_t columns = batch_.column_anchors;
     const auto pieces = in_pieces(piece_height(WORKSPACE_BYTES, partial_bytes_per_row(m, columns)));
     const PartialSizes sizes = partial_sizes(pieces, columns);
-    const Tensor of_rows = floats(sizes.rows), of_columns = floats(sizes.columns);
+    const Tensor of_rows = bytes(sizes.rows), of_columns = bytes(sizes.columns);
     bool first = true;
     for (const Rectangle& piece : pieces) {
-      const Partials partials{data<float>(of_rows), data<float>(of_columns), piece, columns};
+      const Partials partials{of_rows.data_ptr(), of_columns.data_ptr(), piece, batch_.row_anchors, columns};
       run(piece, make(partials));
       merge(dim3(blocks_for(std::max<int64_t>(columns, piece.rows()), ROW_THREADS), 2),
-            Merge{bounds(), d, batch_.row_anchors, partials, first});
+            Merge{bounds(), d, partials, first});
       check_launch();
       first = false;
     }
@@ -250,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, Option
   Pass pass(batch);
   OptionalTensor exact_scale;
   if (scale_tensor) {
-    check_numbers("scale_tensor", *scale_tensor, batch.images, ScalarType::Float, 1);
+    check_floats("scale_tensor", *scale_tensor, batch.images, 1);
     exact_scale = torch::stable::to(*scale_tensor, ScalarType::Double);
   }
   const Tensor exponent = pass.bytes(sizeof(Exponent));
@@ -261,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp(const Batch& batch, Option
                                 pass.bounds(),
                                 scale,
                                 data<double>(exact_scale),
-                                static_cast<float>(std::max(pass.n, pass.m)),
+                                float(std::max(pass.n, pass.m)),
                                 data<Exponent>(exponent)};
       },
       [&](dim3 grid, const Merge& merge) {
@@ -275,9 +269,9 @@ std::tuple<Tensor, Tensor, Tensor> hinge_sum(const Batch& batch, OptionalTensor 
                                              bool save_scores) {
   refuse(ceiling, save_scores);
   Pass pass(batch);
-  check_numbers("threshold", threshold, batch.images, ScalarType::Float, pass.anchors);
+  check_floats("threshold", threshold, batch.images, pass.anchors);
   const Tensor thresholds = torch::stable::contiguous(threshold);
-  const Hinge hinge{data<float>(thresholds), static_cast<int>(pass.anchors) - 1};
+  const Hinge hinge{data<float>(thresholds), int(pass.anchors) - 1};
   const Tensor total = pass.floats(pass.anchors), active = pass.integers(pass.anchors);
   pass.run_in_pieces([&](const Partials& partials) { return HingeProblem{partials, hinge}; },
                      [&](dim3 grid, const Merge& merge) {

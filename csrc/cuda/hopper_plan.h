@@ -45,7 +45,7 @@ inline std::string obstacle(int major, int minor, const Layout& images, const La
   // Of a cluster tile beyond the last one, too, and of a row's and a column's number together.
   if (std::max(images.rows, captions.rows) > INT32_MAX / 2 - CLUSTER * TILE_ROWS)
     return "there are too many rows for 32-bit numbers";
-  const Rectangle all{0, static_cast<int>(images.rows), static_cast<int>(captions.rows)};
+  const Rectangle all{0, int(images.rows), int(captions.rows)};
   // Numbers of two rounds of clusters beyond the last tile, and of a whole group of rows, too.
   constexpr int64_t MARGIN = 1 << 20;
   if ((int64_t{all.cluster_rows()} + GROUP_CLUSTER_ROWS) * all.column_tiles() > INT32_MAX - MARGIN)
@@ -58,7 +58,7 @@ inline std::string obstacle(int major, int minor, const Layout& images, const La
 inline int64_t partial_bytes_per_row(int64_t num_columns, int64_t column_anchors) {
   const int64_t row_slots = (num_columns + TILE_COLS - 1) / TILE_COLS;
   const int64_t column_slots = (column_anchors + TILE_ROWS - 1) / TILE_ROWS;
-  return PLANES * static_cast<int64_t>(sizeof(float)) * (row_slots + column_slots);
+  return MAX_ITEM_BYTES * (row_slots + column_slots);
 }
 
 // What anchors see of S [n, m], in pieces of at most `height` rows: all columns for the row anchors, the
@@ -68,8 +68,7 @@ inline std::vector<Rectangle> rectangles(int64_t n, int64_t m, int64_t row_ancho
   std::vector<Rectangle> pieces;
   const auto add = [&](int64_t begin, int64_t end, int64_t columns) {
     for (int64_t row = begin; row < end && columns > 0; row += height)
-      pieces.push_back(
-          {static_cast<int>(row), static_cast<int>(std::min(row + height, end)), static_cast<int>(columns)});
+      pieces.push_back({int(row), int(std::min(row + height, end)), int(columns)});
   };
   add(0, row_anchors, m);
   add(row_anchors, n, column_anchors);
@@ -82,7 +81,7 @@ inline int64_t piece_height(int64_t workspace_bytes, int64_t bytes_per_row) {
   return std::max(workspace_bytes / bytes_per_row / STEP * STEP, STEP);
 }
 
-// Floats of partial results that the largest of the pieces needs.
+// Bytes of partial results that the largest of the pieces needs.
 struct PartialSizes {
   int64_t rows, columns;
 };
@@ -90,8 +89,8 @@ struct PartialSizes {
 inline PartialSizes partial_sizes(const std::vector<Rectangle>& pieces, int64_t column_anchors) {
   PartialSizes sizes{0, 0};
   for (const Rectangle& piece : pieces) {
-    sizes.rows = std::max(sizes.rows, partial_at(piece.column_tiles(), 0, piece.rows(), 0));
-    sizes.columns = std::max(sizes.columns, partial_at(piece.row_tiles() + 1, 0, column_anchors, 0));
+    sizes.rows = std::max(sizes.rows, int64_t{MAX_ITEM_BYTES} * piece.column_tiles() * piece.rows());
+    sizes.columns = std::max(sizes.columns, MAX_ITEM_BYTES * (piece.row_tiles() + 1) * column_anchors);
   }
   return sizes;
 }

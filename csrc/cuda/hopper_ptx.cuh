@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fused_vse::hopper::ptx {
 
@@ -161,14 +162,11 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // d = a b^t, or d += a b^t if `accumulate`: 64 rows of a, 192 rows of b, 16 elements along D.
 template <typename Element>
-__device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, int accumulate);
-template <>
-__device__ __forceinline__ void wgmma<__nv_bfloat16>(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
-  FUSED_VSE_WGMMA("bf16");
-}
-template <>
-__device__ __forceinline__ void wgmma<__half>(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
-  FUSED_VSE_WGMMA("f16");
+__device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>)
+    FUSED_VSE_WGMMA("bf16");
+  else
+    FUSED_VSE_WGMMA("f16");
 }
 // After wgmma_wait: the compiler does not know that the sums were not there before, and could read them
 // early.

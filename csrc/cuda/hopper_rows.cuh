@@ -109,42 +109,33 @@ __global__ void __launch_bounds__(ROW_THREADS)
 // What the merges of a rectangle's partial results share. blockIdx.y: 0 rows, 1 columns.
 struct Merge {
   const Bounds* bounds;
-  int64_t dimensions, row_anchors;
+  int64_t dimensions;
   Partials partials;
-  bool first;  // of the rectangles: there is no total of the columns yet
+  bool first;  // of the rectangles
 
   __device__ __forceinline__ Slots slots() const {
-    const int64_t at = int64_t{blockIdx.x} * ROW_THREADS + threadIdx.x;
-    return slots_of(partials.rectangle, row_anchors, partials.column_anchors, first, blockIdx.y == 1, at);
-  }
-  __device__ __forceinline__ const float* partial() const {
-    return blockIdx.y == 1 ? partials.columns : partials.rows;
-  }
-  // The columns' total so far, for the next rectangle.
-  template <typename Item>
-  __device__ __forceinline__ void carry(const Slots& slots, const Item& item) const {
-    if (blockIdx.y == 1) Partials::store(partials.columns, 0, slots.anchors, slots.at, item);
+    return partials.slots(blockIdx.y == 1, first, int64_t{blockIdx.x} * ROW_THREADS + threadIdx.x);
   }
 };
 
+// reference, log_sum [R + C]
 __global__ void __launch_bounds__(ROW_THREADS)
-    logsumexp_merge_kernel(Merge merge, const Exponent* used, float* reference, double* log_sum_of) {
+    logsumexp_merge_kernel(Merge merge, const Exponent* used, float* reference, double* log_sums) {
   const Slots slots = merge.slots();
   if (!slots.exists) return;
   const Exponent exponent = *used;
-  const ScaledSum<double> sum = merge_logsumexp(merge.partial(), slots, exponent);
-  merge.carry(slots, ScaledSum<float>{static_cast<float>(sum.total), sum.reference});
+  const ScaledSum<double> sum = merge_logsumexp(slots, exponent);
   const bool poisoned = merge.bounds->poisoned(merge.dimensions) || !exponent.valid();
   reference[slots.number] = poisoned ? NAN : finite(sum.reference);
-  log_sum_of[slots.number] = poisoned ? NAN : log_sum(sum, exponent);
+  log_sums[slots.number] = poisoned ? NAN : log_sum(sum, exponent);
 }
 
+// hinge_sum, active [R + C]
 __global__ void __launch_bounds__(ROW_THREADS)
     hinge_merge_kernel(Merge merge, float* hinge_sum, int64_t* active) {
   const Slots slots = merge.slots();
   if (!slots.exists) return;
-  const HingeTotal sum = merge_hinge(merge.partial(), slots);
-  merge.carry(slots, Hinge::Item{static_cast<float>(sum.total), static_cast<int>(sum.active)});
+  const HingeTotal sum = merge_hinge(slots);
   const bool poisoned = merge.bounds->poisoned(merge.dimensions);
   hinge_sum[slots.number] = poisoned ? NAN : static_cast<float>(sum.total);
   active[slots.number] = poisoned ? 0 : sum.active;

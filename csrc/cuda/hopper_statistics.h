@@ -134,17 +134,16 @@ struct LogsumexpOneExp {
 
 FUSED_VSE_HD float finite(float reference) { return reference == -INFINITE ? 0.0f : reference; }
 
-// total exp(a reference), where the reference is the largest score; nothing: 0 and -inf. In the order of the
-// planes of partial results.
+// total exp(a reference), where the reference is the largest score; nothing: 0 and -inf.
 template <typename Total>
-struct ScaledSum {
+struct alignas(8) ScaledSum {
   Total total;
   float reference;
 
-  FUSED_VSE_HD ScaledSum plus(float other, float other_reference, const Exponent& exponent) const {
-    const float top = fmaxf(reference, other_reference);
+  FUSED_VSE_HD ScaledSum plus(const ScaledSum<float>& other, const Exponent& exponent) const {
+    const float top = fmaxf(reference, other.reference);
     return {total * exponent.relative(reference, finite(top)) +
-                other * exponent.relative(other_reference, finite(top)),
+                other.total * exponent.relative(other.reference, finite(top)),
             top};
   }
 };
@@ -165,12 +164,12 @@ struct LogsumexpTwoExp {
     for (int i = 0; i < Scores::COUNT; ++i) total += exponent.relative(scores[i], reference);
     return {total, largest};
   }
-  FUSED_VSE_HD Item merge(Item a, Item b) const { return a.plus(b.total, b.reference, exponent); }
+  FUSED_VSE_HD Item merge(Item a, Item b) const { return a.plus(b, exponent); }
 };
 
 // hinge_sum: sum of [s - threshold]+ and how many are above 0.
 struct Hinge {
-  struct Item {
+  struct alignas(8) Item {
     float total;
     int active;
   };
@@ -194,17 +193,18 @@ struct Hinge {
 };
 
 // The partial results of one anchor, in ascending order of the slots.
-FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const float* partial, const Slots& slots,
-                                               const Exponent& exponent) {
+FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const Slots& slots, const Exponent& exponent) {
   ScaledSum<double> sum{0.0, -INFINITE};
   FUSED_VSE_UNROLL_BY_8
-  for (int slot = slots.begin; slot < slots.stop; ++slot) {
-    const float total = partial[partial_at(slot, 0, slots.anchors, slots.at)];
+  for (int slot = slots.begin; slot < slots.stop; ++slot)
     if (exponent.one)
-      sum.total += total;
+      sum.total += slots.item<LogsumexpOneExp::Item>(slot);
     else
-      sum = sum.plus(total, partial[partial_at(slot, 1, slots.anchors, slots.at)], exponent);
-  }
+      sum = sum.plus(slots.item<LogsumexpTwoExp::Item>(slot), exponent);
+  if (exponent.one)
+    slots.carry(static_cast<float>(sum.total));
+  else
+    slots.carry(ScaledSum<float>{static_cast<float>(sum.total), sum.reference});
   return sum;
 }
 
@@ -218,13 +218,15 @@ struct HingeTotal {
   int64_t active;
 };
 
-FUSED_VSE_HD HingeTotal merge_hinge(const float* partial, const Slots& slots) {
+FUSED_VSE_HD HingeTotal merge_hinge(const Slots& slots) {
   HingeTotal sum{0.0, 0};
   FUSED_VSE_UNROLL_BY_8
   for (int slot = slots.begin; slot < slots.stop; ++slot) {
-    sum.total += partial[partial_at(slot, 0, slots.anchors, slots.at)];
-    sum.active += bits_as<int>(partial[partial_at(slot, 1, slots.anchors, slots.at)]);
+    const Hinge::Item item = slots.item<Hinge::Item>(slot);
+    sum.total += item.total;
+    sum.active += item.active;
   }
+  slots.carry(Hinge::Item{static_cast<float>(sum.total), static_cast<int>(sum.active)});
   return sum;
 }
 

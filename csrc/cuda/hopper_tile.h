@@ -1,6 +1,7 @@
 // The tiles of the Hopper statistics kernel: their shape, who holds which score, who computes which tile.
 //
-// Everything here is plain arithmetic that the kernel, and the model of it in tests/hopper_model.cpp, share.
+// Everything here is plain arithmetic that the kernel, and the model of it in tests/mirrors/hopper_model.cpp,
+// share.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,8 @@ constexpr int LANE_ROWS = 4;    // rows of the tile in one thread's registers ("
 constexpr int CHUNK_COLS = 32;  // columns that are reduced together: one a lane at the end
 constexpr int LANE_COLS = 8;    // of them in one thread's registers ("items")
 constexpr int CHUNKS = TILE_COLS / CHUNK_COLS;
+
+constexpr int MAX_ITEM_BYTES = 8;  // what a statistic keeps of some scores
 
 // One thread's scores, as wgmma.m64n192 leaves them.
 using Fragment = float[BLOCKS][ACCUMULATORS];

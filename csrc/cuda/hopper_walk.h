@@ -1,11 +1,10 @@
 // One pass over a piece of S: which tiles, which scores are no negatives', which results are anchors'; where
 // partial results lie, and which of them an anchor merges. Plain arithmetic, shared with
-// tests/hopper_model.cpp.
+// tests/mirrors/hopper_model.cpp.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "hopper_tile.h"
 
@@ -93,54 +92,62 @@ struct Walk {
   }
 };
 
-// partial[slot][plane][anchor], for the sums: one slot a tile. Slot 0 of the columns carries the total of the
-// rectangles before.
-constexpr int PLANES = 2;
-FUSED_VSE_HD constexpr int64_t partial_at(int slot, int plane, int64_t anchors, int64_t anchor) {
-  return (int64_t{PLANES} * slot + plane) * anchors + anchor;
-}
-
-// Partial results of a rectangle. The second plane is not written where no one reads it.
-struct Partials {
-  float *rows, *columns;  // [column tiles, 2, rows], [1 + row tiles, 2, C]
-  Rectangle rectangle;
-  int64_t column_anchors;
-
-  template <typename Item>
-  FUSED_VSE_HD static void store(float* partial, int slot, int64_t anchors, int64_t anchor, Item item) {
-    constexpr int WORDS = sizeof(Item) / 4;
-    float words[WORDS];
-    memcpy(words, &item, sizeof item);
-    FUSED_VSE_UNROLL
-    for (int plane = 0; plane < WORDS; ++plane)
-      partial[partial_at(slot, plane, anchors, anchor)] = words[plane];
-  }
-  template <typename Item>
-  FUSED_VSE_HD void store_row(Tile tile, int row, Item item) const {
-    store(rows, tile.column_tile, rectangle.rows(), row - rectangle.row_start, item);
-  }
-  template <typename Item>
-  FUSED_VSE_HD void store_column(Tile tile, int column, Item item) const {
-    store(columns, tile.row_tile + 1, column_anchors, column, item);
-  }
-};
-
-// The partial results that an anchor merges: slots [begin, stop) of place `at` among `anchors`. `number`:
-// the anchor's in the statistic.
+// What an anchor merges: partial results [slots][anchors], of which those of this anchor are items [begin,
+// stop).
 struct Slots {
+  void* partial;
   int begin, stop;
-  int64_t anchors, at, number;
-  bool exists;
+  int64_t anchors, at;
+  int64_t number;  // the anchor's in the statistic
+  bool exists, carries;
+
+  template <typename Item>
+  FUSED_VSE_HD Item& item(int slot) const {
+    return static_cast<Item*>(partial)[slot * anchors + at];
+  }
+  // The total so far, for the next rectangle.
+  template <typename Item>
+  FUSED_VSE_HD void carry(const Item& total) const {
+    if (carries) item<Item>(0) = total;
+  }
 };
 
-// Of place `at` of the piece's rows, or of the columns. `first`: the columns have no total yet.
-FUSED_VSE_HD Slots slots_of(const Rectangle& rectangle, int64_t row_anchors, int64_t column_anchors,
-                            bool first, bool columns, int64_t at) {
-  const int64_t row = rectangle.row_start + at;
-  if (columns)
-    return {first, rectangle.row_tiles() + 1, column_anchors, at, row_anchors + at, at < column_anchors};
-  return {
-      0, rectangle.column_tiles(), rectangle.rows(), at, row, row < rectangle.row_stop && row < row_anchors};
-}
+// Partial results of a rectangle's tiles, of the type that the statistic merges. Slot 0 of the columns
+// carries the total of the rectangles before.
+struct Partials {
+  void *rows, *columns;  // [column tiles, rows], [1 + row tiles, C]
+  Rectangle rectangle;
+  int64_t row_anchors, column_anchors;
+
+  template <typename Item>
+  FUSED_VSE_HD void store_row(Tile tile, int row, const Item& item) const {
+    static_cast<Item*>(rows)[int64_t{tile.column_tile} * rectangle.rows() + row - rectangle.row_start] = item;
+  }
+  template <typename Item>
+  FUSED_VSE_HD void store_column(Tile tile, int column, const Item& item) const {
+    static_cast<Item*>(columns)[(tile.row_tile + 1) * column_anchors + column] = item;
+  }
+  // Of place `at` of the rectangle's rows, or of the columns. `first`: the columns have no total yet.
+  FUSED_VSE_HD Slots slots(bool of_columns, bool first, int64_t at) const {
+    if (of_columns)
+      return {columns,
+              first,
+              rectangle.row_tiles() + 1,
+              column_anchors,
+              at,
+              row_anchors + at,
+              at < column_anchors,
+              true};
+    const int64_t row = rectangle.row_start + at;
+    return {rows,
+            0,
+            rectangle.column_tiles(),
+            rectangle.rows(),
+            at,
+            row,
+            row < rectangle.row_stop && row < row_anchors,
+            false};
+  }
+};
 
 }  // namespace fused_vse::hopper

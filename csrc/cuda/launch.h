@@ -100,12 +100,9 @@ inline void check_batch(const Batch& x) {
   STD_TORCH_CHECK(why.empty(), why);
 }
 
-// An argument that a kernel reads: on the device of `like`, of this type, and so many numbers.
-inline void check_numbers(const char* name, const Tensor& x, const Tensor& like, ScalarType type,
-                          int64_t count) {
-  STD_TORCH_CHECK(is_beside(x, like) && x.scalar_type() == type && x.numel() == count, name, " must hold ",
-                  count, type == ScalarType::Long ? " int64" : " float32",
-                  " numbers, on the device of the embeddings");
+inline void check_floats(const char* name, const Tensor& x, const Tensor& embeddings, int64_t count) {
+  STD_TORCH_CHECK(is_beside(x, embeddings) && x.scalar_type() == ScalarType::Float && x.numel() == count,
+                  name, " must hold ", count, " float32 numbers, on the device of the embeddings");
 }
 
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {

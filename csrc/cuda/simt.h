@@ -1,5 +1,5 @@
 // What a kernel needs of the machine, for a GPU. For a CPU that plays one thread block at a time, so that the
-// tests run the kernel's own source without a GPU, tests/simt_on_cpu.h has the same. Code between two
+// tests run the kernel's own source without a GPU, tests/mirrors/simt_on_cpu.h has the same. Code between two
 // barriers stands in for_each_thread, which is the current thread on a GPU and a loop on a CPU; what a thread
 // keeps in registers across barriers is a PerThread; a warp's instructions are functions of whole PerThreads.
 #pragma once

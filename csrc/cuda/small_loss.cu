@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> small_loss(
     const OptionalTensor& scale_tensor, double margin, double image_weight, double caption_weight, bool mean,
     bool need_images, bool need_captions) {
   check_batch({images, captions, image_ids, caption_ids, num_pairs, num_pairs, 0, 0, num_pairs, 0});
-  if (scale_tensor) check_numbers("scale_tensor", *scale_tensor, images, ScalarType::Float, 1);
+  if (scale_tensor) check_floats("scale_tensor", *scale_tensor, images, 1);
   const int64_t n = images.size(0), m = captions.size(0), d = images.size(1);
   const std::string why = obstacle(n, m, d, num_pairs, kind);
   STD_TORCH_CHECK(why.empty(), why);
@@ -221,10 +221,10 @@ std::tuple<Tensor, Tensor, Tensor> small_loss_backward(const Tensor& images, con
                                                        const Tensor& upstream, bool need_images,
                                                        bool need_captions) {
   check_embeddings(images, captions);
-  check_numbers("upstream", upstream, images, ScalarType::Float, 1);
-  check_numbers("d_scale", d_scale, images, ScalarType::Float, 1);
-  if (need_images) check_numbers("saved_one", saved_one, images, ScalarType::Float, images.numel());
-  if (need_captions) check_numbers("saved_two", saved_two, images, ScalarType::Float, captions.numel());
+  check_floats("upstream", upstream, images, 1);
+  check_floats("d_scale", d_scale, images, 1);
+  if (need_images) check_floats("saved_one", saved_one, images, images.numel());
+  if (need_captions) check_floats("saved_two", saved_two, images, captions.numel());
   return dispatch_embeddings(images, [&](auto zero) {
     using T = decltype(zero);
     const Launch launch(images);

@@ -1,6 +1,6 @@
 // The phases of the small-batch loss (formula, walk and budget: small_loss.cu). Each is a function of one
 // thread block; what lies between two of them is a barrier of the cluster or of the grid. The CPU runs the
-// same functions in the same order (tests/cuda_emulation.cpp).
+// same functions in the same order (tests/mirrors/cuda_emulation.cpp).
 #pragma once
 
 #include <limits>

@@ -1,5 +1,5 @@
 // The small-batch loss without any arithmetic: sizes, tiles, who does what, and where everything lies.
-// Plain functions, tested exhaustively on the CPU (tests/test_cuda_small.py).
+// Plain functions, tested exhaustively on the CPU (tests/mirrors/test_cuda_small.py).
 #pragma once
 
 #include <algorithm>

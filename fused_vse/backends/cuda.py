@@ -19,7 +19,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def _load() -> str | None:
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA"
+        return f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch"
     return native.load("_cuda", "CUDA", "install the CUDA toolkit with nvcc, and install again")
 
 

@@ -1,7 +1,7 @@
 """The few tile shapes that the kernels run with, each with its reason. Nothing is tuned at run time.
 
-`programs_per_sm` programs share a multiprocessor, which tests/test_triton_compile.py checks against the
-registers and the shared memory that each kernel takes on sm_80 and sm_90.
+`programs_per_sm` programs share a multiprocessor, which tests/compile/test_triton_compile.py checks
+against the registers and the shared memory that each kernel takes on sm_80 and sm_90.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
     programs_per_sm: int
     group: int = 8
     # How often a gradient's tile is halved before its entries are computed: what
-    # tests/test_triton_compile.py needs to see no spills.
+    # tests/compile/test_triton_compile.py needs to see no spills.
     halvings: int = 2
     tma: bool = False  # the bulk copy engine of sm_90 loads the operands
     precision: str = "ieee"  # of tl.dot, for float32 operands

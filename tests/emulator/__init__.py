@@ -1,0 +1,1 @@
+"""A PTX emulator, and what runs this project's kernels in it: see README.md."""

@@ -1,0 +1,162 @@
+"""What a test of a GPU backend runs on: a GPU, or where there is none the emulator.
+
+This module alone knows how the emulator gets into fused_vse's backends.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from . import build, cuda_ops
+
+# Scores that the emulated GPU saves for the backward pass: so few that a few tiles are a large batch.
+SAVED_SCORES = 1 << 14
+AMPERE, HOPPER = (8, 0), (9, 0)
+
+
+class Device(NamedTuple):
+    capability: tuple[int, int]
+    multiprocessors: int = 2
+    seed: int | None = None  # of the emulator's schedule; None for a GPU
+    races: bool = False  # whether the emulator looks for them
+
+    def __str__(self) -> str:
+        if not self.is_emulated:
+            return "gpu"
+        major, minor = self.capability
+        return f"sm_{major}{minor}x{self.multiprocessors}-seed{self.seed}"
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.seed is not None
+
+    @property
+    def type(self) -> str:
+        """The device type of its tensors."""
+        return "cpu" if self.is_emulated else "cuda"
+
+    def launches(self) -> list[str]:
+        """What the CUDA backend has launched in the emulator since the last call, a line a launch."""
+        return cuda_emulation().launches()
+
+    def put(self, tensors) -> list[Tensor | None]:
+        return [None if x is None else x.to(self.type) for x in tensors]
+
+    def disturbances(self, count: int) -> Iterator[None]:
+        """So many times with other addresses and another timing; in the emulator three, with other schedules
+        unless the seed is 0."""
+        for _ in range(min(count, 3) if self.is_emulated else count):
+            if not self.is_emulated:
+                torch.empty(1 << 26, device=self.type).normal_()
+            yield
+
+    def sized(self, case):
+        """The case; in the emulator of no more than 300 rows, which are several tiles in both directions."""
+        if not self.is_emulated:
+            return case
+        rows, columns = min(case.rows, 300), min(case.columns, 280)
+        pairs = min(case.pairs, 260, rows, columns)
+        return case._replace(rows=rows, columns=columns, pairs=pairs, dim=min(case.dim, 136))
+
+
+def gpu() -> Device | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return Device(torch.cuda.get_device_capability(), properties.multi_processor_count)
+
+
+def why_not(backend: str) -> str | None:
+    """Why the backend cannot be emulated here."""
+    if backend == "cuda":
+        return cuda_ops.why_not()
+    return build.why_not() or (None if importlib.util.find_spec("triton") else "no Triton")
+
+
+def emulated(backend: str, device: Device) -> contextlib.AbstractContextManager:
+    """Inside, the backend takes CPU tensors, which are on the device."""
+    return {"triton": emulated_triton, "cuda": emulated_cuda}[backend](device)
+
+
+@contextlib.contextmanager
+def emulated_triton(device: Device, on_launch: Callable | None = None) -> Iterator[None]:
+    """`on_launch` is called with a kernel's name and grid after each launch."""
+    from fused_vse.backends import fakes, triton
+    from fused_vse.backends.triton import configs, forward, walk
+
+    from . import triton_driver
+
+    major, minor = device.capability
+    _register_triton_ops()
+    described = configs.Device(device.multiprocessors, major)
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.object(triton, "DEVICE", "cpu"),
+            mock.patch.object(triton, "_unavailable", return_value=None),
+            mock.patch.object(walk, "device_of", return_value=described),
+            mock.patch.object(forward, "device_of", return_value=described),
+            *(
+                mock.patch.object(module, "MAX_SAVED_SCORES", SAVED_SCORES)
+                for module in (fakes, configs, forward)
+            ),
+        ):
+            stack.enter_context(patch)
+        launches = triton_driver.emulated(10 * major + minor, device.seed, device.races, on_launch)
+        stack.enter_context(launches)
+        yield
+
+
+@functools.cache
+def _register_triton_ops() -> None:
+    """For CPU tensors, for the rest of the process."""
+    from fused_vse.backends import triton
+    from fused_vse.backends.triton import ops
+
+    for library in triton._libraries:
+        library._destroy()
+    triton._libraries = ops.register("CPU")
+
+
+@contextlib.contextmanager
+def emulated_cuda(device: Device) -> Iterator[cuda_ops.Emulation]:
+    """Tensors made inside are between red zones, of which none may be damaged."""
+    from fused_vse.backends import cuda, cuda_statistics
+
+    emulation = cuda_emulation()
+    emulation.launches()
+    emulation.use(device.capability, device.multiprocessors, device.seed, device.races)
+    with (
+        mock.patch.object(cuda, "DEVICE", "cpu"),
+        mock.patch.object(cuda, "_unavailable", return_value=None),
+        mock.patch.object(cuda_statistics, "MAX_SAVED_SCORES", SAVED_SCORES),
+        emulated_triton(device),  # which the backward passes of the statistics are of
+        emulation.guarded_memory(),
+    ):
+        yield emulation
+    damage = emulation.damage()
+    assert not damage, damage
+
+
+@functools.cache
+def cuda_emulation() -> cuda_ops.Emulation:
+    """The library, whose ops are registered for CPU tensors for the rest of the process."""
+    from fused_vse.backends import cuda, cuda_statistics, fakes
+
+    library = os.environ.get(cuda_ops.LIBRARY_VARIABLE)
+    emulation = cuda_ops.Emulation(Path(library) if library else cuda_ops.built())
+    fakes.register_normalize_fakes(cuda.NAMESPACE)
+    fakes.register_small_loss_fakes(cuda.NAMESPACE)
+    emulation.statistics = cuda_statistics.register()
+    for schema in cuda_statistics.triton_ops.STATISTICS:
+        name = schema.partition("(")[0]
+        triton_op = getattr(torch.ops.fused_vse_triton, name)
+        emulation.statistics.impl(name, getattr(cuda_statistics, name, triton_op), "CPU")
+    return emulation
