@@ -60,6 +60,12 @@ class Device(NamedTuple):
                 torch.empty(1 << 26, device=self.type).normal_()
             yield
 
+    def others(self, *multiprocessors: int) -> Iterator[contextlib.AbstractContextManager]:
+        """For each number of multiprocessors, where that can be chosen, what the CUDA backend runs on."""
+        for i, number in enumerate(multiprocessors if self.is_emulated else ()):
+            other = self._replace(multiprocessors=number, seed=i)
+            yield cuda_emulation().using(*other)
+
     def sized(self, case):
         """The case; in the emulator of no more than 300 rows, which are several tiles in both directions."""
         if not self.is_emulated:
@@ -119,8 +125,8 @@ def emulated_cuda(device: Device) -> Iterator[cuda_ops.Emulation]:
 
     emulation = cuda_emulation()
     emulation.launches()
-    emulation.use(device.capability, device.multiprocessors, device.seed, device.races)
     with (
+        emulation.using(*device),
         mock.patch.object(cuda, "DEVICE", "cpu"),
         mock.patch.object(cuda, "unavailable", return_value=None),
         emulated_triton(device),  # which the backward passes of the statistics are of
