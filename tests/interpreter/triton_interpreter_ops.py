@@ -2,9 +2,12 @@
 like triton_interpreter_cases.py."""
 
 import os
+import sys
 import zlib
+from pathlib import Path
 
 os.environ["FUSED_VSE_TEST_OPS"] = "triton"
+sys.path.append(str(Path(__file__).parents[1] / "plain"))
 
 import interpreted  # noqa: F401
 import pytest
