@@ -1,5 +1,5 @@
 """compute-sanitizer over a small case of every kernel of csrc/cuda. It takes minutes, so that benchmarks.gpu
-leaves it out: `python -m pytest tests/gpu/test_cuda_sanitizer.py` on a machine with a GPU and a CUDA toolkit."""
+leaves it out: `python -m pytest tests/gpu/test_cuda_sanitizer.py`, with a GPU and a CUDA toolkit."""
 
 import os
 import re
