@@ -9,6 +9,7 @@ from .. import ops
 from . import cuda_statistics, native
 
 DEVICE = "cuda"
+STATUS = "available on request; not chosen by auto: never measured on a GPU"
 
 # What the op small_loss takes; csrc/cuda/small_plan.h has the same numbers.
 SMALL_ROWS, SMALL_DIM = 512, 1 << 16
