@@ -129,7 +129,10 @@ def emulated_cuda(device: Device) -> Iterator[cuda_ops.Emulation]:
         emulation.using(*device),
         mock.patch.object(cuda, "DEVICE", "cpu"),
         mock.patch.object(cuda, "unavailable", return_value=None),
-        emulated_triton(device),  # which the backward passes of the statistics are of
+        # The backward passes of the statistics are its own; for other GPUs it compiles as for Ampere.
+        emulated_triton(
+            device if device.capability == HOPPER else device._replace(capability=AMPERE)
+        ),
         emulation.guarded_memory(),
     ):
         yield emulation

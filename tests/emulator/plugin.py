@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--emulated",
         metavar="N|all",
-        help="how many cases of each test run in the emulator, spread over all (default: 2, or what the"
+        help="how many cases of each test run in the emulator, spread over all (default: 1, or what the"
         " marker on_device says)",
     )
 
@@ -31,7 +31,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "on_device(backend, *machines, few=2): its fixture `device` is a GPU for the backend; where there"
+        "on_device(backend, *machines, few=1): its fixture `device` is a GPU for the backend; where there"
         " is none, in the emulator, each of the machines (compute capability, multiprocessors). `few`:"
         " how many cases of the test run there without --emulated",
     )
@@ -105,7 +105,7 @@ def _keep_few(config, items) -> None:
             cases[item.nodeid.partition("[")[0]].append(item)
     dropped = set()
     for name, same in cases.items():
-        count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 2))
+        count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 1))
         if count >= len(same):
             continue
         first = zlib.crc32(name.encode()) / 2**32

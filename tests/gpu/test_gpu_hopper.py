@@ -10,7 +10,7 @@ from hopper_batches import BATCHES, Anchored, in_float64, thresholds
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 from fused_vse.statistics import hardest_negatives, negative_logsumexp
 
-pytestmark = pytest.mark.on_device("cuda", ((9, 0), 2), ((9, 0), 4), ((9, 0), 132), few=6)
+pytestmark = pytest.mark.on_device("cuda", ((9, 0), 2), ((9, 0), 4), ((9, 0), 132), few=2)
 DTYPES = (torch.bfloat16, torch.float16)
 # Several tiles in every direction, on fewer and on more clusters than there are, ragged, N != M, K < N.
 LARGE = Anchored(Case("large", 4500, 5000, 4400, 200))
