@@ -92,7 +92,10 @@ def cuda_obstacle() -> str | None:
     from torch.utils.cpp_extension import CUDA_HOME
 
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; install one with, and install again"
+        return (
+            f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch, and then"
+            " this package again"
+        )
     if not CUDA_HOME or not Path(CUDA_HOME, "bin", "nvcc").exists():
         return (
             "no CUDA compiler: nvcc was not found; install the CUDA toolkit (12.0 or newer; no GPU is"

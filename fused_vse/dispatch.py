@@ -98,8 +98,7 @@ def _automatic(op: str, batch: Batch, optional: bool) -> str:
             reason = _unavailable(name) or module.takes(op, batch)
             if reason is None and module.prefers(op, batch):
                 return name
-            if reason is not None:
-                reasons.append(f"{name}: {reason}")
+            reasons.append(f"{name}: {reason or getattr(module, 'STATUS', 'not for this batch')}")
     if optional:
         return REFERENCE
     _check_data(batch)

@@ -28,7 +28,10 @@ def _anchored(reason: str, n: int, m: int, d: int, *anchors: int, ids: str | Non
     return Anchored(Case(reason, n, m, min(n, m), d, ids), anchors)
 
 
-SHIFTED = [
+SEVERAL_TILES = [
+    Anchored(Case("several cluster tiles", 700, 900, 650, 24)),
+    Anchored(Case("several cluster tiles with ids", 700, 420, 400, 24, "groups of five")),
+    Anchored(Case("ids meet in every tile", 300, 400, 280, 16, "unrelated")),
     _anchored("own rows, columns of all ranks", 300, 700, 24, 290, 650, 0, 260, 290),
     _anchored("a chunk with some of the pairs", 300, 500, 16, 300, 420, 170, 0, 130),
     _anchored("pairs inside of tiles", 400, 500, 8, 390, 480, 37, 211, 150),
@@ -40,13 +43,7 @@ SHIFTED = [
     _anchored("shifted with ids", 300, 500, 16, 280, 420, 3, 9, 130, ids="groups of five"),
     _anchored("no row is an anchor, ids", 300, 500, 16, 0, 420, 0, 0, 0, ids="unrelated"),
 ]
-BATCHES = [
-    *map(Anchored, CASES),
-    Anchored(Case("several cluster tiles", 700, 900, 650, 24)),
-    Anchored(Case("several cluster tiles with ids", 700, 420, 400, 24, "groups of five")),
-    Anchored(Case("ids meet in every tile", 300, 400, 280, 16, "unrelated")),
-    *SHIFTED,
-]
+BATCHES = [*map(Anchored, CASES), *SEVERAL_TILES]
 
 
 def in_float64(batch: Batch) -> Batch:

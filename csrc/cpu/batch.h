@@ -29,10 +29,12 @@ struct Batch {
     STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
                         type == ScalarType::Double,
                     "images must be floating point");
-    if (captions)
+    if (captions) {
+      STD_TORCH_CHECK(images.size(1) > 0, "images must have rows that are not empty");
       STD_TORCH_CHECK(
           captions->dim() == 2 && captions->size(1) == images.size(1) && captions->scalar_type() == type,
           "captions must have the dtype and the row length of images");
+    }
     STD_TORCH_CHECK(similarity == DOT || similarity == ORDER, "similarity must be 0 or 1");
     check_ids(image_ids, n(), "image_ids must be int64 [N]");
     check_ids(caption_ids, m(), "caption_ids must be int64 [M]");

@@ -220,16 +220,23 @@ void scan(const T* row, int64_t cols, T row_threshold, const T* col_threshold, i
   *num_col_hits = n_col;
 }
 
-constexpr double LOG2_E = 1.4426950408889634;
-
-// exp(scale x) = power(exponent(x, unit)), unit = exponent_unit(scale): a power of two in float, whose
-// exponent of -127, the least, gives 0; libm's exp in double, as exact as what it is compared with.
-inline float exponent_unit(double scale, float) { return static_cast<float>(scale * LOG2_E); }
-inline double exponent_unit(double scale, double) { return scale; }
-
+// exp(scale x) = power(exponent(x, unit)), a power of two. In double, scale log2(e) is hi + lo: one rounding
+// of the exponent is all that is lost, as in what the results are compared with.
 template <typename T>
-inline Vec<T> exponent(Vec<T> x, T unit) {
-  return max<T>(x * unit, broadcast<T>(sizeof(T) == 4 ? T(-127) : T(-746)));
+struct Unit {
+  static constexpr double LOG2_E = 1.4426950408889634, LOG2_E_REST = 2.0355273740931033e-17;
+  explicit Unit(double scale)
+      : hi(T(scale * LOG2_E)),
+        lo(sizeof(T) == 4 ? 0 : T(__builtin_fma(scale, LOG2_E, -scale * LOG2_E) + scale * LOG2_E_REST)) {}
+  T hi, lo;
+};
+
+// The least exponent gives 0.
+template <typename T>
+inline Vec<T> exponent(Vec<T> x, Unit<T> unit) {
+  Vec<T> y = x * unit.hi;
+  if constexpr (sizeof(T) == 8) y += x * unit.lo;
+  return max<T>(y, broadcast<T>(sizeof(T) == 4 ? T(-127) : T(-1076)));
 }
 
 // 2^x with at most 1 ulp of error in [-126, 127], x >= -127. 2^x = 2^n 2^f, f in [-1/2, 1/2], and a minimax
@@ -251,14 +258,14 @@ inline Vec<float> power(Vec<float> x) {
 
 inline Vec<double> power(Vec<double> x) {
   Vec<double> y;
-  for (int64_t k = 0; k < LANES<double>; ++k) y[k] = __builtin_exp(x[k]);
+  for (int64_t k = 0; k < LANES<double>; ++k) y[k] = __builtin_exp2(x[k]);
   return y;
 }
 
 template <typename T>
 void exp_sums(const StripScores<T>& strip, double scale, const T* row_max, const T* col_max, T* row_sum,
               T* col_sum) {
-  const T unit = exponent_unit(scale, T{});
+  const Unit<T> unit(scale);
   with_ceilings(strip, [&](auto ceiled) {
     for (int64_t r = 0; r < strip.rows; ++r) {
       const T* const row = strip.row(r);
@@ -278,7 +285,7 @@ void exp_sums(const StripScores<T>& strip, double scale, const T* row_max, const
 template <typename T>
 double exp_gradient(const StripScores<T>& strip, double scale, const T* row_reference, const T* row_weight,
                     const T* col_reference, const T* col_weight, T* g, int64_t ld_g) {
-  const T unit = exponent_unit(scale, T{});
+  const Unit<T> unit(scale);
   double total = 0;
   with_ceilings(strip, [&](auto ceiled) {
     for (int64_t r = 0; r < strip.rows; ++r) {
@@ -298,7 +305,7 @@ double exp_gradient(const StripScores<T>& strip, double scale, const T* row_refe
       total += horizontal_sum<T>(sum);
     }
   });
-  return total / unit;
+  return total / unit.hi;
 }
 
 template <typename T>

@@ -131,10 +131,10 @@ struct Weights {
     for (int64_t i = 0; i < batch.anchors(); ++i) {
       double log_sum = log_sums[i];
       if (!std::isfinite(log_sum)) continue;
-      T& near = reference.at(batch, i) = references[i];
+      T& shifted = reference.at(batch, i) = references[i];
       if (std::fabs(log_sum) > FAR) {
-        near = T(double(references[i]) + log_sum / a);
-        log_sum -= a * (double(near) - double(references[i]));
+        shifted = T(double(references[i]) + log_sum / a);
+        log_sum -= a * (double(shifted) - double(references[i]));
       }
       weight.at(batch, i) = T(a * g[i] * std::exp(-log_sum));
     }

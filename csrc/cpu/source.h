@@ -3,7 +3,7 @@
 //   S(batch, kept)                       see KeptScores
 //   bool is_bounded()                    false if a score could be NaN or overflow
 //   void prepare(tile)                   before the strips of a tile
-//   bool read(strip, T* out)             their scores; false if there is one that is not finite
+//   bool read(strip, T* out)             their scores; false if one is not finite or too large
 //   S::Sink(source, batch, d_positive, needs)  where S's gradient goes:
 //     GradientStrip<T> at(strip)         where to write a strip's
 //     void complete(strip, g)            what is left to do with it, the pairs' part included

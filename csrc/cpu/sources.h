@@ -37,15 +37,13 @@ Gradients dense_gradients(const Batch& batch, const OptionalTensor& ceiling, con
   const Pass<T> pass(batch, ceiling);
   return with_source<T>(batch, {scores, true}, [&](auto& source) {
     typename std::decay_t<decltype(source)>::Sink sink(source, batch, direct.data(), needs);
-    pass.run(
-        source,
-        [&](const Strip<T>& strip) {
-          const GradientStrip<T> g = sink.at(strip);
-          write(strip, g);
-          sink.complete(strip, g);
-        },
-        [&](const Tile& tile) { sink.finish(tile); });
-    return sink.result();
+    const auto task = [&](const Strip<T>& strip) {
+      const GradientStrip<T> g = sink.at(strip);
+      write(strip, g);
+      sink.complete(strip, g);
+    };
+    const bool done = pass.run(source, task, [&](const Tile& tile) { sink.finish(tile); });
+    return done ? sink.result() : nan_gradients(batch, needs);
   });
 }
 

@@ -9,6 +9,7 @@ from .. import ops
 from . import cuda_statistics, native
 
 DEVICE = "cuda"
+STATUS = "available on request; not chosen by auto: never measured on a GPU"
 
 # What the op small_loss takes; csrc/cuda/small_plan.h has the same numbers.
 SMALL_ROWS, SMALL_DIM = 512, 1 << 16
@@ -19,7 +20,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def _load() -> str | None:
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA"
+        return f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch"
     return native.load("_cuda", "CUDA", "install the CUDA toolkit with nvcc, and install again")
 
 

@@ -18,7 +18,7 @@ LIBRARY = Path(fused_vse.__file__).parent / "_cuda.abi3.so"
 BUDGETS = {
     "small_loss_kernel": (128, 0),
     "small_loss_backward_kernel": (32, 0),
-    # What setmaxnreg then divides between the warpgroups; tests/test_cuda_hopper_compile.py says more.
+    # What setmaxnreg then divides between the warpgroups: test_cuda_hopper_compile.py.
     "statistics_kernel": (168, 0),
     "survey_kernel": (48, 16),
     "id_ranges_kernel": (64, 0),

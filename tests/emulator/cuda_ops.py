@@ -135,16 +135,27 @@ class Emulation:
         for name in ("log", "counts", "damage"):
             getattr(self._lib, f"cudaemu_{name}").restype = ctypes.c_char_p
         self._devices: dict[tuple[int, int, int], int] = {}
-        self.statistics: torch.library.Library | None = None  # ops in Python, to be kept alive
+        self._used = (0, 0, False)  # device, on which nothing runs, seed and races
 
-    def use(
+    @contextlib.contextmanager
+    def using(
         self, capability: tuple[int, int], multiprocessors: int, seed: int = 0, races: bool = False
-    ) -> None:
-        """From now on all CPU tensors are on this device."""
+    ) -> Iterator[None]:
+        """Inside, all CPU tensors are on this device."""
         key = *capability, multiprocessors
         if key not in self._devices:
             self._devices[key] = self._lib.cudaemu_add_device(*key)
-        self._lib.cudaemu_use_device(self._devices[key], ctypes.c_uint64(seed), int(races))
+        before = self._used
+        self._use((self._devices[key], seed, races))
+        try:
+            yield
+        finally:
+            self._use(before)
+
+    def _use(self, used: tuple[int, int, bool]) -> None:
+        self._used = used
+        device, seed, races = used
+        self._lib.cudaemu_use_device(device, ctypes.c_uint64(seed), int(races))
 
     @contextlib.contextmanager
     def guarded_memory(self) -> Iterator[None]:

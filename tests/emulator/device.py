@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fused_vse import ops
+
 from . import build, cuda_ops
 
 # Scores that the emulated GPU saves for the backward pass: so few that a few tiles are a large batch.
@@ -58,6 +60,12 @@ class Device(NamedTuple):
                 torch.empty(1 << 26, device=self.type).normal_()
             yield
 
+    def others(self, *multiprocessors: int) -> Iterator[contextlib.AbstractContextManager]:
+        """For each number of multiprocessors, where that can be chosen, what the CUDA backend runs on."""
+        for i, number in enumerate(multiprocessors if self.is_emulated else ()):
+            other = self._replace(multiprocessors=number, seed=i)
+            yield cuda_emulation().using(*other)
+
     def sized(self, case):
         """The case; in the emulator of no more than 300 rows, which are several tiles in both directions."""
         if not self.is_emulated:
@@ -89,55 +97,42 @@ def emulated(backend: str, device: Device) -> contextlib.AbstractContextManager:
 @contextlib.contextmanager
 def emulated_triton(device: Device, on_launch: Callable | None = None) -> Iterator[None]:
     """`on_launch` is called with a kernel's name and grid after each launch."""
-    from fused_vse.backends import fakes, triton
-    from fused_vse.backends.triton import configs, forward, walk
+    from fused_vse.backends import triton
+    from fused_vse.backends.triton import configs, forward, plan
 
     from . import triton_driver
 
+    _add_triton_ops()
     major, minor = device.capability
-    _register_triton_ops()
     described = configs.Device(device.multiprocessors, major)
-    with contextlib.ExitStack() as stack:
-        for patch in (
-            mock.patch.object(triton, "DEVICE", "cpu"),
-            mock.patch.object(triton, "_unavailable", return_value=None),
-            mock.patch.object(walk, "device_of", return_value=described),
-            mock.patch.object(forward, "device_of", return_value=described),
-            *(
-                mock.patch.object(module, "MAX_SAVED_SCORES", SAVED_SCORES)
-                for module in (fakes, configs, forward)
-            ),
-        ):
-            stack.enter_context(patch)
-        launches = triton_driver.emulated(10 * major + minor, device.seed, device.races, on_launch)
-        stack.enter_context(launches)
+    with (
+        mock.patch.object(triton, "DEVICE", "cpu"),
+        mock.patch.object(triton, "unavailable", return_value=None),
+        mock.patch.object(plan, "device_of", return_value=described),
+        mock.patch.object(forward, "device_of", return_value=described),
+        mock.patch.object(ops, "MAX_SAVED_SCORES", SAVED_SCORES),
+        mock.patch.object(configs, "MAX_SAVED_SCORES", SAVED_SCORES),
+        mock.patch.object(forward, "MAX_SAVED_SCORES", SAVED_SCORES),
+        triton_driver.emulated(10 * major + minor, device.seed, device.races, on_launch),
+    ):
         yield
-
-
-@functools.cache
-def _register_triton_ops() -> None:
-    """For CPU tensors, for the rest of the process."""
-    from fused_vse.backends import triton
-    from fused_vse.backends.triton import ops
-
-    for library in triton._libraries:
-        library._destroy()
-    triton._libraries = ops.register("CPU")
 
 
 @contextlib.contextmanager
 def emulated_cuda(device: Device) -> Iterator[cuda_ops.Emulation]:
     """Tensors made inside are between red zones, of which none may be damaged."""
-    from fused_vse.backends import cuda, cuda_statistics
+    from fused_vse.backends import cuda
 
     emulation = cuda_emulation()
     emulation.launches()
-    emulation.use(device.capability, device.multiprocessors, device.seed, device.races)
     with (
+        emulation.using(*device),
         mock.patch.object(cuda, "DEVICE", "cpu"),
-        mock.patch.object(cuda, "_unavailable", return_value=None),
-        mock.patch.object(cuda_statistics, "MAX_SAVED_SCORES", SAVED_SCORES),
-        emulated_triton(device),  # which the backward passes of the statistics are of
+        mock.patch.object(cuda, "unavailable", return_value=None),
+        # The backward passes of the statistics are its own; for other GPUs it compiles as for Ampere.
+        emulated_triton(
+            device if device.capability == HOPPER else device._replace(capability=AMPERE)
+        ),
         emulation.guarded_memory(),
     ):
         yield emulation
@@ -145,18 +140,25 @@ def emulated_cuda(device: Device) -> Iterator[cuda_ops.Emulation]:
     assert not damage, damage
 
 
+# The ops are there for CPU tensors for the rest of the process.
+
+
+@functools.cache
+def _add_triton_ops() -> None:
+    from fused_vse.backends import triton
+    from fused_vse.backends.triton import ops as triton_ops
+
+    for name in triton_ops.NAMES:
+        module = triton_ops.backward if name.endswith("_backward") else triton_ops.forward
+        triton._library.impl(name, triton_ops._op(getattr(module, name)), "CPU")
+
+
 @functools.cache
 def cuda_emulation() -> cuda_ops.Emulation:
-    """The library, whose ops are registered for CPU tensors for the rest of the process."""
-    from fused_vse.backends import cuda, cuda_statistics, fakes
+    from fused_vse.backends import cuda, cuda_statistics
 
     library = os.environ.get(cuda_ops.LIBRARY_VARIABLE)
     emulation = cuda_ops.Emulation(Path(library) if library else cuda_ops.built())
-    fakes.register_normalize_fakes(cuda.NAMESPACE)
-    fakes.register_small_loss_fakes(cuda.NAMESPACE)
-    emulation.statistics = cuda_statistics.register()
-    for schema in cuda_statistics.triton_ops.STATISTICS:
-        name = schema.partition("(")[0]
-        triton_op = getattr(torch.ops.fused_vse_triton, name)
-        emulation.statistics.impl(name, getattr(cuda_statistics, name, triton_op), "CPU")
+    for name in cuda_statistics.OPS:
+        cuda._library.impl(name, functools.partial(cuda_statistics._op, name), "CPU")
     return emulation

@@ -7,6 +7,8 @@ from collections import defaultdict
 import pytest
 import torch
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("emulator")
@@ -21,7 +23,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--emulated",
         metavar="N|all",
-        help="how many cases of each test run in the emulator, spread over all (default: 2, or what the"
+        help="how many cases of each test run in the emulator, spread over all (default: 1, or what the"
         " marker on_device says)",
     )
 
@@ -29,7 +31,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "on_device(backend, *machines, few=2): its fixture `device` is a GPU for the backend; where there"
+        "on_device(backend, *machines, few=1): its fixture `device` is a GPU for the backend; where there"
         " is none, in the emulator, each of the machines (compute capability, multiprocessors). `few`:"
         " how many cases of the test run there without --emulated",
     )
@@ -95,17 +97,19 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _keep_few(config, items) -> None:
-    """Of the emulated cases of each test only so many, with the same distance between them; the first one
-    is another for each test."""
+    """Of the emulated cases of each test only so many, spread evenly by the golden ratio from another first
+    one for each test."""
     cases = defaultdict(list)
     for item in items:
         if _is_emulated(item):
             cases[item.nodeid.partition("[")[0]].append(item)
     dropped = set()
     for name, same in cases.items():
-        count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 2))
-        first = zlib.crc32(name.encode())
-        kept = {(first + i * len(same) // count) % len(same) for i in range(count)}
+        count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 1))
+        if count >= len(same):
+            continue
+        first = zlib.crc32(name.encode()) / 2**32
+        kept = {int(len(same) * ((first + i * GOLDEN_RATIO) % 1)) for i in range(count)}
         dropped.update(item for i, item in enumerate(same) if i not in kept)
     if dropped:
         items[:] = [item for item in items if item not in dropped]

@@ -6,7 +6,7 @@ import sys
 
 import torch
 from cases import embeddings
-from hopper_batches import BATCHES, thresholds
+from hopper_batches import SEVERAL_TILES, thresholds
 
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 
@@ -38,12 +38,11 @@ def small():
 
 
 def hopper():
-    # Fewer steps along D than stages, and more.
     ops = torch.ops.fused_vse_cuda
-    for dtype, case, d in itertools.product((torch.bfloat16, torch.float16), BATCHES, (8, 392)):
-        if max(case.case.rows, case.case.columns) > 900:
-            continue
-        case = case._replace(case=case.case._replace(dim=d))
+    for i, case in enumerate(SEVERAL_TILES):
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        dim = (8, 392)[i // 2 % 2]  # fewer steps along D than stages, and more
+        case = case._replace(case=case.case._replace(dim=dim))
         batch = case.batch(embeddings, dtype, "cuda")
         ops.hopper_hardest_negatives(*batch, None)
         for scale in (1e-3, 1e3):  # one exponential, and two

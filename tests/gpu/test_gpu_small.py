@@ -18,10 +18,11 @@ from eager import relative
 
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
 from fused_vse.backends.cuda import SMALL_ROWS
+from fused_vse.ops import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM
 
 pytestmark = [
     # Several tiles of S for each block, and one.
-    pytest.mark.on_device("cuda", ((8, 0), 3), ((9, 0), 4), ((9, 0), 132), few=8),
+    pytest.mark.on_device("cuda", ((8, 0), 3), ((9, 0), 4), ((9, 0), 132), few=3),
     pytest.mark.filterwarnings("ignore"),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -249,6 +250,77 @@ def test_a_device_that_is_not_the_current_one(device, name):
     elsewhere = differentiated(name, [x.to("cuda:1") for x in pair], CASES[7])
     for got, want in zip(elsewhere, expected, strict=True):
         assert got.device.index == 1 and torch.equal(got.cpu(), want.cpu())
+
+
+KINDS = {  # kind, alpha, margin
+    "all_negatives": (ALL_NEGATIVES, 10.0, 0.15),
+    "hardest": (HARDEST, 10.0, 0.2),
+    "hardest_smooth": (HARDEST_SMOOTH, 10.0, 0.1),
+    "hinge_sum": (HINGE_SUM, 1.0, 0.2),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+TILES = Case("several tiles", 70, 72, 65, 80, "groups of five")
+
+
+def small_loss(pair, case, kind, weights=(1.0, 1.0), mean=True, needs=(True, True), scale=None):
+    """loss, positive, score, index; d_scale, d_images, d_captions."""
+    number, alpha, margin = KINDS[kind]
+    ids = ids_on(pair[0].device, case)
+    options = number, alpha, scale, margin, *weights, mean, *needs
+    return torch.ops.fused_vse_cuda.small_loss(*pair, *ids, case.pairs, *options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "mean"), [((1.0, 1.0), True), ((0.25, 2.0), False), ((0.0, 0.0), True)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_kind
+def test_each_gradient_alone(device, kind, dtype, weights, mean):
+    pair = device.put(embeddings(TILES, dtype))
+    both = small_loss(pair, TILES, kind, weights, mean)
+    upstream = both[0].new_tensor(0.3)
+    for needs in ((True, False), (False, True), (False, False)):
+        some = small_loss(pair, TILES, kind, weights, mean, needs)
+        assert_same(some[:5], both[:5])
+        step = torch.ops.fused_vse_cuda.small_loss_backward(*pair, *some[3:], upstream, *needs)
+        for got, whole, gradient, needed in zip(some[5:], both[5:], step[:2], needs, strict=True):
+            assert torch.equal(got, whole) if needed else got.numel() == 0
+            assert torch.equal(gradient, (got * upstream).to(dtype))
+        assert torch.equal(step[2], some[4] * upstream)
+
+
+@pytest.mark.on_device("cuda", ((8, 0), 108), ((9, 0), 132), few=2)
+@each_kind
+def test_same_bits_on_other_gpus(device, kind):
+    """With fewer multiprocessors, but as many as leave the clusters as they are."""
+    pair = device.put(embeddings(TILES, torch.bfloat16))
+    first = small_loss(pair, TILES, kind)
+    for other in device.others(*((16, 8) if device.capability == (9, 0) else (1, 2, 5))):
+        with other:
+            assert_same(small_loss(pair, TILES, kind), first)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, torch.nan, torch.inf])
+def test_a_scale_that_is_none(device, value):
+    pair = device.put(embeddings(TILES, torch.float32))
+    scale = pair[0].new_tensor(value)
+    loss, positive, score, index, *saved = small_loss(pair, TILES, "all_negatives", scale=scale)
+    assert all(x.isnan().all() for x in (loss, positive, score, *saved)) and (index == -1).all()
+
+
+# They run the code of sm_80, some with 100 KiB of shared memory.
+OTHER_GPUS = [((8, 6), 5), ((8, 9), 5), ((10, 0), 5), ((12, 0), 5)]
+
+
+@pytest.mark.on_device("cuda", *OTHER_GPUS, few=4)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpus_without_code_of_their_own(device, name, dtype):
+    case = Case("", 70, 130, 65, 72)
+    pair = device.put(embeddings(case, dtype))
+    actual = differentiated(name, pair, case)
+    expected = differentiated(name, [x.double() for x in pair], case, "reference")
+    for got, want in zip(actual, expected, strict=True):
+        assert relative(got, want) <= 2e-4 + 4 * torch.finfo(got.dtype).eps
 
 
 @pytest.mark.parametrize("factor", [3.0, 2.0**70])  # the squares overflow

@@ -4,6 +4,7 @@
 Collected by test_triton_interpreter.py alone, with TRITON_INTERPRET=1 in the environment.
 """
 
+import interpreted  # noqa: F401
 import pytest
 import torch
 from cases import (

@@ -2,6 +2,7 @@
 the float64 oracle. Collected by test_triton_interpreter.py alone, like triton_interpreter_cases.py.
 """
 
+import interpreted  # noqa: F401
 import pytest
 import torch
 from cases import CASES, embeddings, ids_of, integer_embeddings

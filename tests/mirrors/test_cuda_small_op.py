@@ -114,9 +114,10 @@ def test_auto_does_not_choose_what_was_never_measured(on_cpu, monkeypatch):
     assert dispatch.backends()["cuda"] == (
         "available on request; not chosen by auto: never measured on a GPU"
     )
-    monkeypatch.setattr(dispatch, "_FUSED", {"cuda": cuda})
-    with pytest.warns(UserWarning, match="cuda: not chosen by auto: never measured"):
-        assert dispatch.select("auto", torch.device("cpu")) == dispatch.REFERENCE
+    monkeypatch.setattr(dispatch, "_BACKENDS", {"cuda": cuda})
+    batch = batch_of(*embeddings(CASES[2], torch.float32))
+    with pytest.warns(UserWarning, match="cuda: .*not chosen by auto: never measured"):
+        assert dispatch.choose("auto", "hinge_sum", batch) == dispatch.REFERENCE
 
 
 def batch_of(images, captions, anchors=None, similarity=ops.DOT):

@@ -1,5 +1,6 @@
 """What an installation holds, and what it says where the native library is missing."""
 
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,45 @@ def test_missing_library_gives_reason_and_remedy(project):
     reason = run(project, USE_CPU)
     assert "was not built" in reason
     assert "pip install" in reason
+
+
+@pytest.mark.parametrize(
+    ("url", "command"),
+    [
+        ("file:///home/me/fused_vse", "--no-cache-dir /home/me/fused_vse`"),
+        ("https://example.org/fused_vse.zip", "--no-cache-dir https://example.org/fused_vse.zip`"),
+        (None, "--no-cache-dir .` in the folder of its sources"),
+    ],
+)
+def test_the_remedy_names_where_it_was_installed_from(project, url, command):
+    (project / "setup.py").unlink()  # as in an installed package
+    metadata = project / "fused_vse-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fused_vse\nVersion: 1\n")
+    if url:
+        (metadata / "direct_url.json").write_text(json.dumps({"url": url, "dir_info": {}}))
+    assert command in run(project, USE_CPU)
+
+
+def test_a_source_folder_in_place_of_what_is_installed_is_said_first(project, tmp_path):
+    site = tmp_path / "site"
+    (site / "fused_vse").mkdir(parents=True)
+    (site / "fused_vse" / LIBRARY).write_text("a library")
+    metadata = site / "fused_vse-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fused_vse\nVersion: 1\n")
+    code = f"import sys; sys.path.insert(1, {str(site)!r})\n{USE_CPU}"
+    reason = run(project, code)
+    assert reason.startswith(
+        "an installed fused_vse has the C++ library, but Python imports the source"
+    )
+    assert f"`pip install -e {project}`" in reason
+    # An editable installation is this folder itself.
+    (site / "fused_vse" / LIBRARY).unlink()
+    assert (
+        f"was not built: install a C++17 compiler, and install again (`pip install -e {project}`)"
+        in run(project, code)
+    )
 
 
 def test_library_that_does_not_load_gives_reason_and_remedy(project):

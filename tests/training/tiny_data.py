@@ -28,6 +28,33 @@ def train(*argv: object) -> int:
         torch.set_num_threads(threads)
 
 
+def fails(capsys, *argv):
+    """Runs the trainer and returns the one line of its complaint."""
+    assert train(*argv) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    return shown.err
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def replace_line(number, line):
+    def corrupt(path):
+        lines = path.read_bytes().split(b"\n")
+        lines[number - 1] = line
+        path.write_bytes(b"\n".join(lines))
+
+    return corrupt
+
+
+def cut(share):
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
 def write_tiny_data(directory: Path, repeated: bool = False) -> Path:
     """Features are a noisy code of a noun and a place; captions name them in five ways."""
     directory.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Host side of the backward ops: what each allocates and launches."""
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from . import configs, hardest, hinge, logsumexp, order
 from .forward import positive_scores
 from .plan import Plan, plan, product, scale_of, terms_of, unit_stride
 from .tiles import Piece, Terms
-from .walk import gradient_kernel
+from .walk import Gradient, gradient_kernel
 
 # A float16 gradient of S is lifted to at most 2^15, half of what overflows.
 LARGEST_GRADIENT_EXPONENT = 15
@@ -94,7 +95,7 @@ def negative_logsumexp_backward(
     *results, d_scale = _gradients(
         logsumexp, walk, terms, log_sum, d_positive, scores, gain, Wanted(*wanted)
     )
-    return *results, d_scale / factor
+    return *results, d_scale.sum() / factor
 
 
 def hinge_sum_backward(
@@ -106,8 +107,7 @@ def hinge_sum_backward(
     )  # fmt: skip
     walk = plan(batch, "stored" if scores.numel() > 0 else None)
     terms = terms_of(ceiling=ceiling, threshold=threshold, upstream=d_hinge_sum)
-    gain = _gain(walk, d_positive, d_hinge_sum)
-    wanted = Wanted(*wanted)
+    gain, wanted = _gain(walk, d_positive, d_hinge_sum), Wanted(*wanted)
     return _gradients(hinge, walk, terms, hinge_sum, d_positive, scores, gain, wanted)[:2]
 
 
@@ -145,62 +145,55 @@ def _gradients(
     kept: Tensor | None,
     gain: Tensor | None,
     wanted: Wanted,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d_images and d_captions by way of the gradient of S, and what the weights give of d_scale.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """d_images and d_captions, by way of the gradient of S; for logsumexp the tiles' shares of d_scale.
 
     Args:
         values: the statistic, NaN where the input is poisoned.
         kept: S from the forward pass, unless that is empty.
     """
     pieces = _pieces(walk, kept)
-    num_tiles = [rows * columns for rows, columns in map(walk.tile_counts, pieces)]
-    d_scale = walk.new(sum(num_tiles))
-    shares = d_scale.split(num_tiles) if statistic is logsumexp else [None] * len(pieces)
     values, d_positive = values.contiguous(), d_positive.contiguous()
-    buffer = _gradient_buffer(walk, pieces)
+    # Rows begin on 16-byte boundaries, for wide stores and fast matrix products.
+    pitches = [triton.cdiv(piece.num_columns, 16) * 16 for piece in pieces]
+    heights = [piece.row_stop - piece.row_start for piece in pieces]
+    num_tiles = [math.prod(walk.tile_counts(piece)) for piece in pieces]
+    d_scale = walk.new(sum(num_tiles)) if statistic is logsumexp else None
+    shares = [None] * len(pieces) if d_scale is None else d_scale.split(num_tiles)
+    if walk.given:
+        buffer = walk.batch.images.new_empty(walk.batch.images.shape)
+    else:
+        largest = max(a * b for a, b in zip(heights, pitches, strict=True))
+        buffer = walk.new(largest, dtype=_gradient_dtype(walk))
 
     def each() -> Iterator[tuple[Piece, Tensor]]:
         """The gradient of one piece of S after the other."""
-        for (piece, scores), share in zip(walk.scores_of(pieces, kept), shares, strict=True):
-            if walk.source == "stored" and not walk.given and kept.numel() == 0:
+        for number, (piece, scores) in enumerate(walk.scores_of(pieces, kept)):
+            if walk.source == "stored" and kept.numel() == 0:
                 walk.multiply(piece, scores)
             gradient = buffer[piece.row_start :]
             if not walk.given:
-                height, pitch = piece.row_stop - piece.row_start, _pitch(piece)
+                height, pitch = heights[number], pitches[number]
                 gradient = buffer[: height * pitch].view(height, pitch)[:, : piece.num_columns]
+            target = Gradient(gradient, gradient.stride(0), d_positive, gain)
             walk.launch(
-                gradient_kernel, piece, scores, terms, values, d_positive,
-                gradient, gradient.stride(0), gain, share,
+                gradient_kernel, piece, scores, terms, values, target, shares[number],
                 CONSTANTS=statistic.constants, WEIGHTS=statistic.weights, ORDER=walk.order,
             )  # fmt: skip
             yield piece, gradient
 
-    results = _results(walk.batch, wanted)
-    if walk.given:
-        for _ in each():
-            pass
-        results = (buffer if wanted.images else results[0]), results[1]
-    else:
-        _add_products(walk, each(), len(pieces), gain, *results)
-    return *results, d_scale.sum()
+    d_images, d_captions = _results(walk.batch, wanted)
+    if not walk.given:
+        _add_products(walk, each(), len(pieces), gain, d_images, d_captions)
+        return d_images, d_captions, d_scale
+    for _ in each():
+        pass
+    return (buffer if wanted.images else d_images), d_captions, d_scale
 
 
 def _gradient_dtype(walk: Plan) -> torch.dtype:
     """That of the matrix products to follow; the weights over distances of `order` may be of any size."""
     return walk.accumulation if walk.order else walk.batch.images.dtype
-
-
-def _gradient_buffer(walk: Plan, pieces: list[Piece]) -> Tensor:
-    """Room for the gradient of given scores, or of any one of the pieces."""
-    if walk.given:
-        return walk.batch.images.new_empty(walk.batch.images.shape)
-    largest = max((p.row_stop - p.row_start) * _pitch(p) for p in pieces)
-    return walk.new(largest, dtype=_gradient_dtype(walk))
-
-
-def _pitch(piece: Piece) -> int:
-    """Rows begin on 16-byte boundaries, for wide stores and fast matrix products."""
-    return triton.cdiv(piece.num_columns, 16) * 16
 
 
 def _add_products(walk: Plan, each, num_pieces: int, gain, d_images, d_captions) -> None:

@@ -2,11 +2,12 @@
 
 A statistic is a module of functions that these kernels call (hardest.py, logsumexp.py, hinge.py):
 
-    constants(terms, bounds)              what is the same for all tiles
-    partials(acc, tile, terms, constants, out)    leaves two results for each row and column of a tile
-    EMPTY, merge(..)                      the two results of no tile, and of several
-    finish(..)                            from them to what the op returns
-    weights(scores, tile, terms, constants)   the gradient of a tile
+    constants    what is the same for all tiles
+    partials     leaves two results for each row and column of a tile
+    EMPTY        the two results where there is nothing
+    merge        the two results of two sets of candidates
+    finish       from them to what the op returns
+    weights      the gradient of a tile, and its share of d_scale
 """
 
 from typing import Any, NamedTuple
@@ -126,6 +127,13 @@ def merge_kernel(
     tl.store(second_ptr + offs, second, mask=mask)
 
 
+class Gradient(NamedTuple):
+    pointer: Any  # [rows of the piece, >= num_columns]
+    stride: int
+    d_positive: Any  # [pair_count]
+    factor: Any  # of all entries: the gain [2], or None; in the functions below the number
+
+
 # The gradient by a piece of S, rounded to the dtype of the matrix products that follow:
 #
 #   for tile in my tiles:
@@ -136,8 +144,7 @@ def merge_kernel(
 # ORDER: G_ij is divided by the distance -s_ij. Poisoned input makes all of it NaN.
 @triton.jit
 def gradient_kernel(
-    images, captions, scores, ids, piece, terms, statistic, d_positive,
-    gradient, stride_gradient, gain, d_scale,
+    images, captions, scores, ids, piece, terms, statistic, target, d_scale,
     CONSTANTS: tl.constexpr, WEIGHTS: tl.constexpr, SOURCE: tl.constexpr, ORDER: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +152,9 @@ def gradient_kernel(
     num_anchors = piece.row_anchors + piece.column_anchors
     nan_or_one = poison(statistic, piece.row_anchors, num_anchors)
     factor = nan_or_one
-    if gain is not None:
-        factor *= tl.load(gain)
+    if target.factor is not None:
+        factor *= tl.load(target.factor)
+    target = Gradient(target.pointer, target.stride, target.d_positive, factor)
     row_tiles = tl.cdiv(piece.row_stop - piece.row_start, TILES.block_m)
     column_tiles = tl.cdiv(piece.num_columns, TILES.block_n)
     for number in tl.range(
@@ -156,8 +164,7 @@ def gradient_kernel(
         tile = Tile(piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece)
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
         share = gradient_tile(
-            acc, tile, ids, terms, d_positive, gradient, stride_gradient, factor, constants,
-            WEIGHTS, ORDER, d_scale is not None, TILES.halvings,
+            acc, tile, ids, terms, target, constants, WEIGHTS, ORDER, d_scale is not None, TILES.halvings
         )  # fmt: skip
         if d_scale is not None:
             tl.store(d_scale + number, share * nan_or_one)
@@ -165,47 +172,40 @@ def gradient_kernel(
 
 @triton.jit
 def gradient_tile(
-    acc, tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
+    acc, tile, ids, terms, target, constants,
     WEIGHTS: tl.constexpr, ORDER: tl.constexpr, NEED_SCALE: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of a tile, half of the columns at a time, and returns its share of d_scale."""
     if HALVINGS > 0:
         left, right, right_tile = column_halves(acc, tile)
         share = gradient_tile(
-            left, tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
-            WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1,
-        )  # fmt: skip
+            left, tile, ids, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1
+        )
         share += gradient_tile(
-            right, right_tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
-            WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1,
+            right, right_tile, ids, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1
         )  # fmt: skip
     else:
-        share = gradient_part(
-            acc, tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
-            WEIGHTS, ORDER, NEED_SCALE,
-        )  # fmt: skip
+        share = gradient_part(acc, tile, ids, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE)
     return share
 
 
 @triton.jit
 def gradient_part(
-    acc, tile, ids, terms, d_positive, gradient_ptr, stride_gradient, factor, constants,
+    acc, tile, ids, terms, target, constants,
     WEIGHTS: tl.constexpr, ORDER: tl.constexpr, NEED_SCALE: tl.constexpr,
 ):  # fmt: skip
     scores = negative_scores(acc, tile, ids)
-    gradient, of_rows = WEIGHTS(
-        below_ceiling(scores, tile, terms.ceiling, 1), tile, terms, constants, 1
-    )
-    column_gradient, of_columns = WEIGHTS(
-        below_ceiling(scores, tile, terms.ceiling, 0), tile, terms, constants, 0
-    )
+    of_rows = below_ceiling(scores, tile, terms.ceiling, 1)
+    of_columns = below_ceiling(scores, tile, terms.ceiling, 0)
+    gradient, row_shares = WEIGHTS(of_rows, tile, terms, constants, 1)
+    column_gradient, column_shares = WEIGHTS(of_columns, tile, terms, constants, 0)
     gradient += column_gradient
     share = tl.zeros((), acc.dtype)
     if NEED_SCALE:
-        share += tl.sum(tl.sum(of_rows + of_columns, 1), 0)
+        share += tl.sum(tl.sum(row_shares + column_shares, 1), 0)
     if crosses_pairs(acc, tile, ids):
         pair, partner = pairs_of(acc, tile, ids)
-        d_pair = tl.load(d_positive + pair, mask=partner >= 0, other=0.0)
+        d_pair = tl.load(target.d_positive + pair, mask=partner >= 0, other=0.0)
         is_pair = partner[:, None] == tl.arange(0, acc.shape[1])[None, :]
         gradient += tl.where(is_pair, d_pair[:, None], 0.0)
     if ORDER:
@@ -213,8 +213,8 @@ def gradient_part(
     row, column, piece = tile
     offs_m = row + tl.arange(0, acc.shape[0])
     offs_n = column + tl.arange(0, acc.shape[1])
-    pointers = gradient_ptr + (offs_m - piece.row_start).to(tl.int64)[:, None] * stride_gradient
+    pointers = target.pointer + (offs_m - piece.row_start).to(tl.int64)[:, None] * target.stride
     inside = (offs_m < piece.row_stop)[:, None] & (offs_n < piece.num_columns)[None, :]
-    gradient = (gradient * factor).to(gradient_ptr.dtype.element_ty)
+    gradient = (gradient * target.factor).to(target.pointer.dtype.element_ty)
     tl.store(pointers + offs_n[None, :], gradient, mask=inside)
     return share
