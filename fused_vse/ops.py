@@ -207,7 +207,7 @@ def small_loss(images, captions, image_ids, caption_ids, num_pairs, kind, scale,
     )
     dtype, hardest = accumulation_dtype(images.dtype), kind in (HARDEST, HARDEST_SMOOTH)
     if images.device.type == "cpu":
-        saved = (num_pairs, 2 * num_pairs) if hardest else ((len(images), len(captions)), 0)
+        saved = (num_pairs, 2 * num_pairs) if hardest else ((images.shape[0], captions.shape[0]), 0)
         saved = [_new(batch, shape) for shape in saved]
     else:
         saved = [x.to(dtype) for x in _gradients(batch, need_images, need_captions, False)]
