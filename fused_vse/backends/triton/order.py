@@ -20,6 +20,14 @@ def order_score(square):
         return -tl.sqrt_rn(square)
 
 
+@triton.jit
+def zero_tile(TILES: tl.constexpr, dtype: tl.constexpr):
+    """[block_m, block_n] zeros. To Triton 3.6 an attribute is a plain number, of which it makes no shape."""
+    BLOCK_M: tl.constexpr = TILES.block_m
+    BLOCK_N: tl.constexpr = TILES.block_n
+    return tl.zeros((BLOCK_M, BLOCK_N), dtype)
+
+
 # acc[i, j] = -|max(0, T[column + j] - I[row + i])|_2
 #
 #   for k in blocks of D:
@@ -33,9 +41,9 @@ def order_tile(images, captions, scores, row, column, TILES: tl.constexpr):
     # Scalars that move on, so that a thread's elements are at fixed distances from one address.
     images += row
     captions += column
-    acc = tl.zeros((TILES.block_m, TILES.block_n), ACC)
+    acc = zero_tile(TILES, ACC)
     for _ in tl.range(0, scores.D, TILES.block_k):
-        part = tl.zeros((TILES.block_m, TILES.block_n), ACC)
+        part = zero_tile(TILES, ACC)
         for _ in tl.range(0, TILES.block_k, loop_unroll_factor=UNROLL):
             image = tl.load(images + tl.arange(0, TILES.block_m))
             caption = tl.load(captions + tl.arange(0, TILES.block_n))

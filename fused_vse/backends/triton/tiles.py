@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .order import order_tile
+from .order import order_tile, zero_tile
 
 # The interpreter's bfloat16 tl.dot returns garbage (Triton 3.6 to 3.9), so it gets float32 operands.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -124,7 +124,7 @@ def dot_tile(images, captions, scores, tile, TILES: tl.constexpr):
     which fill what lies outside with zeros.
     """
     row, column, piece = tile
-    acc = tl.zeros((TILES.block_m, TILES.block_n), tl.float32)
+    acc = zero_tile(TILES, tl.float32)
     if not TILES.tma:
         offs_k = tl.arange(0, TILES.block_k)[None, :]
         image_ptrs = embedding_rows(
@@ -182,7 +182,7 @@ def score_tile(images, captions, scores, tile, SOURCE: tl.constexpr, TILES: tl.c
         if acc.dtype != tl.float64:
             acc = acc.to(tl.float32)
     elif SOURCE == "none":
-        acc = tl.zeros((TILES.block_m, TILES.block_n), tl.float32)
+        acc = zero_tile(TILES, tl.float32)
     else:
         if SOURCE == "order":
             acc = order_tile(images, captions, scores, row, column, TILES)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .order import over_distance
+from .order import over_distance, zero_tile
 from .tiles import (
     Tile,
     below_ceiling,
@@ -60,7 +60,7 @@ def walk_kernel(
     row_tiles = tl.cdiv(piece.row_stop - piece.row_start, TILES.block_m)
     column_tiles = tl.cdiv(piece.num_columns, TILES.block_n)
     if SOURCE == "given":
-        magnitudes = tl.zeros((TILES.block_m, TILES.block_n), bounds.pointer.dtype.element_ty)
+        magnitudes = zero_tile(TILES, bounds.pointer.dtype.element_ty)
     for number in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
