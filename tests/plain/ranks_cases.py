@@ -132,7 +132,7 @@ def run(rank: int, size: int, port: int, job, arguments: tuple, results) -> None
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
+        "gloo", rank=rank, world_size=size, timeout=datetime.timedelta(seconds=240)
     )
     try:
         results[rank] = ("ok", job(rank, size, *arguments))

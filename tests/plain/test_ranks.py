@@ -58,7 +58,7 @@ def test_equals_one_process(size, backend):
 
 @pytest.mark.parametrize("mistake", ranks_cases.MISTAKES)
 def test_disagreements_are_the_same_error_on_all_ranks(mistake):
-    errors = on_ranks(2, ranks_cases.disagreement, mistake, timeout=60)
+    errors = on_ranks(2, ranks_cases.disagreement, mistake)
     if mistake == "one rank's own mistake":
         assert errors[1].startswith("TypeError: margin must be a float")
         assert (
@@ -81,7 +81,7 @@ def test_disagreements_are_the_same_error_on_all_ranks(mistake):
 
 
 def test_gather_rows_says_what_differs():
-    first, second = on_ranks(2, ranks_cases.gather_mistakes, timeout=60)
+    first, second = on_ranks(2, ranks_cases.gather_mistakes)
     assert first == second and len(first) == 3
     assert all("rows must have the same shape and dtype on all ranks" in x for x in first)
     assert r"[4, 3], a float32 tensor of shape [5, 3]" in first[0]
@@ -89,11 +89,11 @@ def test_gather_rows_says_what_differs():
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_gather_rows_of_any_dtype_and_its_second_derivative(size):
-    on_ranks(size, ranks_cases.gather_anything, timeout=60)
+    on_ranks(size, ranks_cases.gather_anything)
 
 
 def test_non_finite_rows_of_one_rank_show_on_all():
-    assert all(on_ranks(2, ranks_cases.poison, timeout=60))
+    assert all(on_ranks(2, ranks_cases.poison))
 
 
 def test_the_same_bits_however_ranks_are_delayed_and_hardest_losses_for_any_number_of_them():
@@ -107,8 +107,8 @@ def test_the_same_bits_however_ranks_are_delayed_and_hardest_losses_for_any_numb
 
 
 def test_data_parallel_training_is_that_of_one_process():
-    on_ranks(3, ranks_cases.data_parallel, timeout=120)
+    on_ranks(3, ranks_cases.data_parallel)
 
 
 def test_groups_that_are_a_part_of_all_ranks():
-    on_ranks(4, ranks_cases.groups_of_two, timeout=120)
+    on_ranks(4, ranks_cases.groups_of_two)
