@@ -96,6 +96,14 @@ def _directions(batch, ceiling: Tensor | None) -> tuple[list[_Direction], Tensor
     return directions, poison
 
 
+def widened(batch):
+    """The batch in the accumulation type. Taken once for all statistics of a loss, whose gradients are then
+    rounded once, as a sum."""
+    dtype = _accumulation_dtype(batch.images.dtype)
+    captions = None if batch.captions is None else batch.captions.to(dtype)
+    return batch._replace(images=batch.images.to(dtype), captions=captions)
+
+
 @_without_autocast
 def positive_scores(*batch) -> Tensor:
     images, captions, *_, row, column, count, similarity = batch

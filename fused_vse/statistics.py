@@ -168,6 +168,7 @@ def hardest_statistic(batch: Batch, backend: str, peers: Peers | None = None) ->
         return HardestNegatives(positive, _two_rows(score), _two_rows(index))
     backend = choose(backend, "hardest_negatives", batch)
     if backend == REFERENCE:
+        batch = reference.widened(batch)
         positive = reference.positive_scores(*batch)
         score, index = reference.hardest_negatives(*batch, None)
     else:
@@ -188,6 +189,7 @@ def logsumexp_statistic(
         statistic = Logsumexp(number, tensor)
         positive, constant, log_sum = statistic_over_ranks(statistic, batch, peers, backend)
     elif (backend := choose(backend, "negative_logsumexp", batch)) == REFERENCE:
+        batch = reference.widened(batch)
         positive = reference.positive_scores(*batch)
         constant, log_sum = reference.negative_logsumexp(*batch, None, scale)
     else:
@@ -205,6 +207,7 @@ def hinge_statistic(
     if peers is not None:
         positive, total, _ = statistic_over_ranks(HingeSum(margin), batch, peers, backend)
     elif (backend := choose(backend, "hinge_sum", batch)) == REFERENCE:
+        batch = reference.widened(batch)
         positive = reference.positive_scores(*batch)
         threshold = (positive - margin).repeat(2)
         total, _ = reference.hinge_sum(*batch, None, threshold)

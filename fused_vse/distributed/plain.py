@@ -41,7 +41,8 @@ class _GatherRows(torch.autograd.Function):
 
 def statistic_of_rows(statistic, batch: Batch, peers: Peers) -> tuple[Tensor, Tensor, Tensor]:
     """Own rows with all columns, and own columns with all rows: twice the scores, by the plain formulas."""
-    k, before = batch.pair_count, sum(peers.pairs[: peers.rank])
+    batch, k = reference.widened(batch), batch.pair_count
+    before = sum(peers.pairs[: peers.rank])
     captions, images = (
         _GatherRows.apply(x, peers, counts)
         for x, counts in ((batch.captions, peers.captions), (batch.images, peers.images))

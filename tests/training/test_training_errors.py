@@ -20,6 +20,9 @@ from tiny_data import (
     write_tiny_data,
 )
 
+import fused_vse
+import training
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -187,10 +190,10 @@ def test_missing_backend(capsys, monkeypatch):
 
 def test_validate_where_auto_falls_back(data, tmp_path):
     """As in a pure-Python installation: whatever else there is, none takes tensors of the CPU."""
-    for name in ("fused_vse", "training", "train_reference.py"):
-        ignore = shutil.ignore_patterns("*.so")
-        copy = shutil.copytree if (ROOT / name).is_dir() else lambda a, b, ignore: shutil.copy(a, b)
-        copy(ROOT / name, tmp_path / name, ignore=ignore)
+    for package in (fused_vse, training):
+        source = Path(package.__file__).parent
+        shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(ROOT / "train_reference.py", tmp_path)
     command = [sys.executable, tmp_path / "train_reference.py", "--validate", "--data", data]
     process = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True
