@@ -54,7 +54,8 @@ def test_compiles_without_spills(batch, compiled):
     assert launches
     for key, launch in launches.items():
         code = compiled[key].result()
-        what = f"{launch.kernel.__name__} of {batch}: {code._replace(ptx='', sass='')}"
+        name = f"{launch.kernel.__name__} of {batch}, {launch.tiles}"
+        what = f"{name}: {code._replace(ptx='', sass='')}"
         assert code.stack <= MAX_STACK, what
         assert not code.stack_accesses_in_inner_loops(), what
         if launch.tiles is None:

@@ -60,10 +60,10 @@ MEDIUM_TF32 = Tiles(64, 64, 32, num_warps=4, num_stages=4, programs_per_sm=2, pr
 SMALL_TF32 = Tiles(32, 32, 64, num_warps=4, num_stages=3, programs_per_sm=2, precision="tf32")
 
 # Scores read from memory: as wide as coalescing likes, small enough for float64 in registers.
-STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
+STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=3)
 # Scores that are given, in bulk: 32 a thread, so that 16 KiB of bfloat16 are under way on a multiprocessor,
 # and that their magnitudes fit into registers next to them.
-GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=1)
+GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=2)
 # The gradient of given scores where it is sparse: written once, 512 bytes of bfloat16 to a row.
 SPARSE = Tiles(16, 256, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=0)
 # Order similarity: three instructions a difference. With fewer rows or columns than threads Triton loads
@@ -89,7 +89,7 @@ MAX_UNLISTED_ANCHORS = 1024
 MAX_SEARCH_SLOTS = 1024
 MAX_RESCORED_PER_ANCHOR = 32
 # 8 x 512 float64 products: 32 a thread.
-RESCORE = {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4}
+RESCORE = {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4, "maxnreg": MOST_REGISTERS}
 
 
 def tiles_for(

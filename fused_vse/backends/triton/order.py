@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 # Loads of so many steps are under way at a time; more would take registers that spill.
-UNROLL = tl.constexpr(4)
+UNROLL, UNROLL_FLOAT64 = tl.constexpr(4), tl.constexpr(2)
 
 
 @triton.jit
@@ -38,13 +38,14 @@ def zero_tile(TILES: tl.constexpr, dtype: tl.constexpr):
 def order_tile(images, captions, scores, row, column, TILES: tl.constexpr):
     """The embeddings are I^t [D, > N] and T^t [D, > M] as plan.order_operand makes them."""
     ACC: tl.constexpr = images.dtype.element_ty
+    STEPS: tl.constexpr = UNROLL_FLOAT64 if ACC == tl.float64 else UNROLL
     # Scalars that move on, so that a thread's elements are at fixed distances from one address.
     images += row
     captions += column
     acc = zero_tile(TILES, ACC)
     for _ in tl.range(0, scores.D, TILES.block_k):
         part = zero_tile(TILES, ACC)
-        for _ in tl.range(0, TILES.block_k, loop_unroll_factor=UNROLL):
+        for _ in tl.range(0, TILES.block_k, loop_unroll_factor=STEPS):
             image = tl.load(images + tl.arange(0, TILES.block_m))
             caption = tl.load(captions + tl.arange(0, TILES.block_n))
             excess = tl.maximum(caption[None, :] - image[:, None], 0.0)
