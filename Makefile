@@ -6,6 +6,7 @@
 #
 # PYTHON  the Python to make the environment with       VENV      where it is
 # TORCH   the torch to install: TORCH=torch==2.13.0     EXTRAS    of pyproject.toml, to install
+#         the smaller one without CUDA: TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 # MAX_JOBS  compilations at a time
 
 PYTHON ?= python3
@@ -48,7 +49,9 @@ install: $(installed)
 # a native library that is not there, perhaps because there was no compiler the last time.
 missing := $(if $(wildcard fused_vse/_cpu.abi3.so),,FORCE)
 $(installed): pyproject.toml setup.py build_backend.py $(native_sources) $(VENV)/fused_vse.choices $(missing)
-	$(python) -m pip install "$(TORCH)" ninja "setuptools>=77"
+	$(python) -m pip install $(foreach word,$(TORCH),"$(word)")
+	$(python) -m pip install ninja "setuptools>=77"
+	@$(python) -c 'import setup; print(setup.cuda_choice())'
 	$(python) -m pip install --no-build-isolation --editable ".[$(EXTRAS)]"
 	@$(python) -c 'import fused_vse; print(*map(": ".join, fused_vse.backends().items()), sep="\n")'
 	@touch $@
