@@ -12,8 +12,8 @@ try:
     from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 except ImportError as error:
     raise ImportError(
-        "fused_vse.integrations.pytorch_metric_learning needs the library itself:"
-        " pip install 'fused_vse[pytorch-metric-learning]'"
+        "fused_vse.integrations.pytorch_metric_learning needs the library itself"
+        f" ({error}): pip install pytorch-metric-learning"
     ) from error
 
 

@@ -1,5 +1,10 @@
 """The stand-ins for packages, against the real ones, which come with the extra "peers"."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -138,10 +143,36 @@ RANKING_OPTIONS = {
 
 @pytest.fixture
 def ranking_losses():
-    losses = require("sentence_transformers.losses")
+    require("sentence_transformers")
     from fused_vse.integrations.sentence_transformers import MultipleNegativesRankingLoss
 
-    return MultipleNegativesRankingLoss, losses.MultipleNegativesRankingLoss
+    return MultipleNegativesRankingLoss, MultipleNegativesRankingLoss.__base__
+
+
+def imported(*folders: Path) -> str:
+    """What the import of the stand-in prints, warnings included, with these folders first in the path."""
+    path = os.pathsep.join(map(str, [*folders, Path(__file__).parents[2]]))
+    code = "import fused_vse.integrations.sentence_transformers"
+    command = [sys.executable, "-W", "default::DeprecationWarning", "-c", code]
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
+def test_ranking_loss_is_imported_from_where_the_library_has_it_now(ranking_losses):
+    assert "'sentence_transformers." not in imported()
+
+
+def test_ranking_loss_names_the_version_that_it_needs(tmp_path):
+    old = tmp_path / "sentence_transformers"  # of 5.2: no directions, no hardness
+    old.mkdir()
+    (old / "__init__.py").touch()
+    (old / "util.py").write_text("all_gather_with_grad = cos_sim = dot_score = None\n")
+    (old / "losses.py").write_text("class MultipleNegativesRankingLoss:\n    pass\n")
+    needed = "needs sentence-transformers 5.3 or newer"
+    remedy = "pip install -U 'sentence-transformers>=5.3'"
+    assert f"{needed} (the installed one is older): {remedy}\n" in imported(tmp_path)
+    (old / "util.py").write_text("")
+    assert f"{needed} (cannot import name" in imported(tmp_path)
 
 
 def from_embeddings(loss):
