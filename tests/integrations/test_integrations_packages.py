@@ -61,6 +61,36 @@ def test_clip_loss_is_what_the_trainer_expects(clip_losses):
     assert torch.isclose(sum(losses.values()), make_theirs()(**output), atol=1e-6)
 
 
+def test_clip_loss_in_a_task(clip_losses):
+    """The trainer of open_clip 4; docs/open_clip.md has both ways of giving it the loss."""
+    task = pytest.importorskip("open_clip.task", reason="needs open_clip 4").CLIPTask
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.visual, self.text = torch.nn.Linear(D, D), torch.nn.Linear(D, D)
+            self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, image, text):
+            features = {"image_features": self.visual(image), "text_features": self.text(text)}
+            return {**features, "logit_scale": self.logit_scale.exp()}
+
+    make_ours, make_theirs = clip_losses
+    replaced = task(Model(), verbose=False)
+    assert type(replaced.loss) is make_theirs
+    replaced.loss = make_ours()
+    tasks = task(Model(), verbose=False), replaced, task(Model(), loss=make_ours(), verbose=False)
+    batch = dict(zip(("image", "text"), (x.float() for x in random_batch()), strict=True))
+    theirs, *ours = (
+        (loss, *torch.autograd.grad(loss, list(task.parameters())))
+        for task in tasks
+        for loss in [task.training_forward(batch)[0]["loss"]]
+    )
+    for answer in ours:
+        torch.testing.assert_close(answer, theirs)
+
+
 def test_clip_loss_takes_pairs_only(clip_losses):
     im, s = (x.float() for x in random_batch())
     for make in clip_losses:
