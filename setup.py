@@ -133,7 +133,7 @@ def cuda_choice() -> str:
 
     gpu = "" if torch.cuda.is_available() else ", though no GPU is visible here"
     return (
-        f"fused_vse: the cuda backend is built, with {CUDA_HOME}/bin/nvcc{gpu}; FUSED_VSE_CUDA=0"
+        f"fused_vse: the cuda backend will be built, with {CUDA_HOME}/bin/nvcc{gpu}; FUSED_VSE_CUDA=0"
         " leaves it out"
     )
 
