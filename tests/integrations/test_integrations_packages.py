@@ -344,6 +344,25 @@ def test_ntxent_with_the_librarys_parts(ntxent_losses):
         assert_same(*with_miner, random_batch())
 
 
+def test_ntxent_leaves_miners_and_cross_batch_memory_to_the_library(ntxent_losses, monkeypatch):
+    """As docs/pytorch_metric_learning.md says."""
+    from pytorch_metric_learning.losses import CrossBatchMemory
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+
+    make_ours, make_theirs = ntxent_losses
+    calls, compute_loss = [], make_theirs.compute_loss
+    monkeypatch.setattr(
+        make_theirs, "compute_loss", lambda *args: calls.append(None) or compute_loss(*args)
+    )
+    im, labels = random_batch()[0], LABELS // 2
+    make_ours()(im, labels)
+    assert len(calls) == 0
+    make_ours()(im, labels, MultiSimilarityMiner()(im, labels))
+    assert len(calls) == 1
+    CrossBatchMemory(make_ours(), D, memory_size=2 * B)(im, labels)
+    assert len(calls) == 2
+
+
 def test_ntxent_where_the_library_gives_up(ntxent_losses):
     """The library adds 1e-38 inside its logarithm: it cuts a loss above 87 off, with gradient 0."""
     im = torch.eye(2)
