@@ -38,7 +38,7 @@ from .gpu_run import FINISHED, RUNNING, Run, first_line
 RESULTS = Path(__file__).parent / "results"
 # For the first steps of eight new processes; no more than a quarter of the time that the tests leave.
 FIRST_CALLS_SECONDS = 75
-TESTS = sorted((Path(__file__).parent.parent / "tests").glob("test_gpu*.py"))
+TESTS = sorted((Path(__file__).parent.parent / "tests" / "gpu").glob("test_gpu*.py"))
 
 
 def main(arguments: list[str] | None = None) -> int:

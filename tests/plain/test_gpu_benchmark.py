@@ -34,6 +34,11 @@ def test_dry_run_writes_both_reports(tmp_path):
     )
 
 
+def test_it_runs_the_gpu_tests_but_not_the_sanitizer():
+    assert "test_gpu.py" in {test.name for test in gpu.TESTS}
+    assert "test_cuda_sanitizer.py" not in {test.name for test in gpu.TESTS}
+
+
 def test_a_spent_budget_skips_the_rest(tmp_path):
     assert gpu.main(["--dry-run", "--minutes", "0", "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
