@@ -12,7 +12,7 @@ from cases import embeddings, ids_of
 import fused_vse
 from fused_vse.backends import cpu, cuda
 
-pytest_plugins = ["emulator.plugin"]
+pytest_plugins = ["emulator.plugin", "few_cases"]
 
 
 def _backend_parameters():
