@@ -6,7 +6,7 @@
 #
 # PYTHON  the Python to make the environment with       VENV      where it is
 # TORCH   the torch to install: TORCH=torch==2.13.0     EXTRAS    of pyproject.toml, to install
-# MAX_JOBS  compilations at a time
+# MAX_JOBS  compilations, or processes of tests, at a time
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,8 @@ TORCH ?= torch
 EXTRAS ?= train,test,dev
 MAX_JOBS ?= 2
 export MAX_JOBS
+# Threads that wait leave their processor to other processes.
+export OMP_WAIT_POLICY ?= passive
 
 .DELETE_ON_ERROR:
 .PHONY: train test bench lint format install clean FORCE
@@ -27,7 +29,7 @@ train: $(installed)
 	$(python) train_reference.py $(ARGS)
 
 test: $(installed)
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n $(MAX_JOBS) --dist loadfile $(ARGS)
 
 bench: $(installed)
 	$(python) -m benchmarks.cpu $(ARGS)
