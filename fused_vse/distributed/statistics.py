@@ -146,9 +146,8 @@ class _OverRanks(torch.autograd.Function):
         vectors = *merged, d
         of_pairs = [exchange.of_pairs(x[k:]) for x in vectors]
         needs = ctx.needs_input_grad[4:6]
-        d_images, d_captions = (
-            torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in own[:2]
-        )
+        dtype = accumulation_dtype(own.images.dtype)
+        d_images, d_captions = (torch.zeros_like(x, dtype=dtype) for x in own[:2])
         d_scale, waits = 0, []
         calls = getattr(ctx, "calls", None) or exchange.calls(own, ctx.vectors)
         for chunk, batch, of_anchors in calls:
