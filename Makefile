@@ -6,6 +6,7 @@
 #
 # PYTHON  the Python to make the environment with       VENV      where it is
 # TORCH   the torch to install: TORCH=torch==2.13.0     EXTRAS    of pyproject.toml, to install
+#         the smaller one without CUDA: TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 # MAX_JOBS  compilations, or processes of tests, at a time
 
 PYTHON ?= python3
@@ -14,8 +15,6 @@ TORCH ?= torch
 EXTRAS ?= train,test,dev
 MAX_JOBS ?= 2
 export MAX_JOBS
-# Threads that wait leave their processor to other processes.
-export OMP_WAIT_POLICY ?= passive
 
 .DELETE_ON_ERROR:
 .PHONY: train test bench lint format install clean FORCE
@@ -28,6 +27,8 @@ formatted := $(native_sources) $(wildcard tests/mirrors/*.cpp tests/mirrors/*.h 
 train: $(installed)
 	$(python) train_reference.py $(ARGS)
 
+# Threads that wait leave their processor to the other process.
+test: export OMP_WAIT_POLICY = passive
 test: $(installed)
 	$(python) -m pytest -n $(MAX_JOBS) --dist loadfile $(ARGS)
 
@@ -50,7 +51,9 @@ install: $(installed)
 # a native library that is not there, perhaps because there was no compiler the last time.
 missing := $(if $(wildcard fused_vse/_cpu.abi3.so),,FORCE)
 $(installed): pyproject.toml setup.py build_backend.py $(native_sources) $(VENV)/fused_vse.choices $(missing)
-	$(python) -m pip install "$(TORCH)" ninja "setuptools>=77"
+	$(python) -m pip install $(foreach word,$(TORCH),"$(word)")
+	$(python) -m pip install ninja "setuptools>=77"
+	@$(python) -c 'import setup; print(setup.cuda_choice())'
 	$(python) -m pip install --no-build-isolation --editable ".[$(EXTRAS)]"
 	@$(python) -c 'import fused_vse; print(*map(": ".join, fused_vse.backends().items()), sep="\n")'
 	@touch $@

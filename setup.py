@@ -124,6 +124,20 @@ def cuda_extension() -> Extension:
     return extension
 
 
+def cuda_choice() -> str:
+    """One line: whether the CUDA library is built here, why, and how to choose otherwise."""
+    if NO_CUDA:
+        return f"fused_vse: no cuda backend: {NO_CUDA}"
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    gpu = "" if torch.cuda.is_available() else ", though no GPU is visible here"
+    return (
+        f"fused_vse: the cuda backend will be built, with {CUDA_HOME}/bin/nvcc{gpu}; FUSED_VSE_CUDA=0"
+        " leaves it out"
+    )
+
+
 class OptionalBuild(BuildExtension):
     """Builds each library, or leaves a note in its place; without any, the wheel is pure Python."""
 
@@ -131,6 +145,8 @@ class OptionalBuild(BuildExtension):
         return f"{fullname.replace('.', '/')}.abi3.so"
 
     def run(self) -> None:
+        if not NO_CUDA:
+            print(cuda_choice(), file=sys.stderr)
         in_source = self.inplace  # the base class changes it on the way
         compiler, built = self.compiler, []
         for extension, not_built in EXTENSIONS:
@@ -188,8 +204,9 @@ EXTENSIONS = ((CPU, NOT_BUILDABLE), (CUDA, NO_CUDA))  # each with the reason not
 # setuptools refuses the tag for the free-threaded Python.
 limited_api = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
 
-setup(
-    ext_modules=[extension for extension, _ in EXTENSIONS],
-    cmdclass={"build_ext": OptionalBuild},
-    options={"bdist_wheel": limited_api},
-)
+if __name__ == "__main__":  # else: imported for cuda_choice()
+    setup(
+        ext_modules=[extension for extension, _ in EXTENSIONS],
+        cmdclass={"build_ext": OptionalBuild},
+        options={"bdist_wheel": limited_api},
+    )

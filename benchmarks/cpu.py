@@ -18,12 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 
 import fused_vse
 from fused_vse import all_negatives_loss, hardest_negative_loss
 from fused_vse.arguments import check_batch
+
+from . import need
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -141,7 +142,10 @@ def contenders():
             yield case, "eager"
 
 
-@pytest.mark.parametrize(("case", "contender"), list(contenders()), ids=str)
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize(("case", "contender"), list(contenders()), ids=str)
+
+
 def test_step(benchmark, case, contender):
     loss, rows, dtype = case[:3]
     if contender == "gemm":
@@ -219,6 +223,7 @@ def main() -> int:
     if arguments.memory:
         print(peak_memory(arguments.memory))
         return 0
+    need("pytest", "pytest_benchmark")
     if fused_vse.backends()["cpu"] != "available":
         print(f"the cpu backend is not available: {fused_vse.backends()['cpu']}", file=sys.stderr)
         return 1

@@ -17,12 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.cpu import RESULTS, cpu_name
 from fused_vse import all_negatives_loss, hinge_loss
+
+from . import need
+from .cpu import RESULTS, cpu_name
 
 SCORES_ROWS = 8192
 ORDER_DIM = 1024
@@ -86,8 +87,11 @@ def step_of(case, contender):
     return step
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("case", CASES, ids=" ".join)
+    metafunc.parametrize("contender", CONTENDERS)
+
+
 def test_step(benchmark, case, contender):
     benchmark.extra_info.update(case=case, contender=contender)
     # The eager order similarity takes half a minute.
@@ -137,6 +141,7 @@ def main() -> int:
         print(peak_memory((kind, loss), contender))
         return 0
 
+    need("pytest", "pytest_benchmark")
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "benchmark.json"

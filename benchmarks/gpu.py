@@ -32,6 +32,7 @@ import torch
 from . import gpu_contenders as contenders
 from . import gpu_measure as measure
 from . import gpu_report as report
+from . import need
 from .gpu_run import FINISHED, RUNNING, Run, first_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,9 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA GPU is visible; run this on a machine that has one, or with --dry-run")
         return 2
-    if not options.dry_run and not options.skip_tests and not tests_pass(options.minutes):
-        print("the GPU tests failed: no measurement")
-        return 1
+    if not options.dry_run and not options.skip_tests:
+        need("pytest")
+        if not tests_pass(options.minutes):
+            print("the GPU tests failed: no measurement")
+            return 1
 
     deadline = start + 60 * options.minutes
     cases = contenders.TINY_CASES if options.dry_run else contenders.CASES

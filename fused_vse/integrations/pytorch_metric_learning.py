@@ -12,8 +12,8 @@ try:
     from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 except ImportError as error:
     raise ImportError(
-        "fused_vse.integrations.pytorch_metric_learning needs the library itself:"
-        " pip install 'fused_vse[pytorch-metric-learning]'"
+        "fused_vse.integrations.pytorch_metric_learning needs the library itself"
+        f" ({error}): pip install pytorch-metric-learning"
     ) from error
 
 
@@ -21,9 +21,9 @@ class NTXentLoss(losses.NTXentLoss):
     """The library's loss in memory linear in the batch and in the number of positive pairs.
 
     For images and captions: `loss(images, labels, ref_emb=captions, ref_labels=caption_labels)`. The
-    arguments, reducers, regularizers and wrappers are the library's. Given an `indices_tuple` (a
-    miner's), labels that are no integers, or another distance than a dot product, the library's own
-    code runs.
+    arguments, reducers, regularizers and wrappers are the library's. Given an `indices_tuple` (miners
+    and `CrossBatchMemory` give one), labels that are no integers, or another distance than a dot
+    product, the library's own code runs without a word, and takes its memory.
     """
 
     def compute_loss(

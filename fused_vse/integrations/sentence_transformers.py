@@ -1,18 +1,26 @@
 """Sentence Transformers: `losses.MultipleNegativesRankingLoss` (arXiv 1705.00652)."""
 
+import inspect
+
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ..arguments import check_batch, check_temperature
 from ..statistics import logsumexp_statistic
 
 try:
-    from sentence_transformers import losses
-    from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
+    from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score
+
+    try:
+        from sentence_transformers.sentence_transformer import losses
+    except ModuleNotFoundError:  # before 5.4
+        from sentence_transformers import losses
+    if "hardness_mode" not in inspect.signature(losses.MultipleNegativesRankingLoss).parameters:
+        raise ImportError("the installed one is older")
 except ImportError as error:
     raise ImportError(
-        "fused_vse.integrations.sentence_transformers needs the library itself:"
-        " pip install 'fused_vse[sentence-transformers]'"
+        "fused_vse.integrations.sentence_transformers needs sentence-transformers 5.3 or newer"
+        f" ({error}): pip install -U 'sentence-transformers>=5.3'"
     ) from error
 
 
@@ -85,4 +93,5 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
 def _own_first(column: Tensor, own: int) -> Tensor:
     """[B, D] to [W B, D], through which every rank's gradient comes back."""
-    return all_gather_with_grad(column).roll(-get_rank() * own, 0)
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    return all_gather_with_grad(column).roll(-rank * own, 0)

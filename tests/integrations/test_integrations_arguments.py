@@ -59,6 +59,35 @@ BAD = [
     (lambda: pcmepp.InfoNCELoss()(IM, S[:3]), ValueError, "img_emb and cap_emb must be pairs"),
     (lambda: pcmepp.InfoNCELoss()(IM, S[:3], distributed=True), ValueError, "cap_emb must start"),
     (lambda: pcmepp.InfoNCELoss()(IM, S, distributed="no"), TypeError, "distributed must be True"),
+    # What the projects compute, and docs/differences.md lists.
+    *(
+        (
+            lambda flag=flag: vsepp.ContrastiveLoss(max_violation=flag)(IM, S),
+            TypeError,
+            "max_violation must be True or False",
+        )
+        for flag in (None, 2.5, 0.0, torch.tensor(True))
+    ),
+    *(
+        (lambda margin=margin: vsepp.ContrastiveLoss(margin)(IM, S), error, "margin must be")
+        for margin, error in (
+            (torch.tensor(0.2), TypeError),
+            (float("nan"), ValueError),
+            (float("inf"), ValueError),
+        )
+    ),
+    *(
+        (
+            lambda temp=temp: vsepp.ContrastiveLoss(loss_fn="CCL", temp=temp)(IM, S),
+            ValueError,
+            "temp",
+        )
+        for temp in (-0.1, float("nan"), float("inf"))
+    ),
+    (lambda: vsepp.ContrastiveLoss()(IM[:0], S[:0]), ValueError, "im is empty.*skip empty"),
+    (lambda: vsepp.ContrastiveLoss()(IM.long(), S.long()), TypeError, r"im must.*\.float\(\)"),
+    (lambda: vsepp.ContrastiveLoss()(IM.to_sparse(), S), TypeError, r"im must.*\.to_dense\(\)"),
+    (lambda: vsepp.ContrastiveLoss()(IM.to("meta"), S.to("meta")), ValueError, ".* on meta"),
     (lambda: negative_tau()(IM, S), ValueError, "tau must be positive and finite, got -1"),
 ]
 

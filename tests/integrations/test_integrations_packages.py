@@ -1,5 +1,10 @@
 """The stand-ins for packages, against the real ones, which come with the extra "peers"."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +59,36 @@ def test_clip_loss_is_what_the_trainer_expects(clip_losses):
     losses = ours(**output, output_dict=True)
     assert list(losses) == ["contrastive_loss"]
     assert torch.isclose(sum(losses.values()), make_theirs()(**output), atol=1e-6)
+
+
+def test_clip_loss_in_a_task(clip_losses):
+    """The trainer of open_clip 4; docs/open_clip.md has both ways of giving it the loss."""
+    task = pytest.importorskip("open_clip.task", reason="needs open_clip 4").CLIPTask
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.visual, self.text = torch.nn.Linear(D, D), torch.nn.Linear(D, D)
+            self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, image, text):
+            features = {"image_features": self.visual(image), "text_features": self.text(text)}
+            return {**features, "logit_scale": self.logit_scale.exp()}
+
+    make_ours, make_theirs = clip_losses
+    replaced = task(Model(), verbose=False)
+    assert type(replaced.loss) is make_theirs
+    replaced.loss = make_ours()
+    tasks = task(Model(), verbose=False), replaced, task(Model(), loss=make_ours(), verbose=False)
+    batch = dict(zip(("image", "text"), (x.float() for x in random_batch()), strict=True))
+    theirs, *ours = (
+        (loss, *torch.autograd.grad(loss, list(task.parameters())))
+        for task in tasks
+        for loss in [task.training_forward(batch)[0]["loss"]]
+    )
+    for answer in ours:
+        torch.testing.assert_close(answer, theirs)
 
 
 def test_clip_loss_takes_pairs_only(clip_losses):
@@ -138,10 +173,36 @@ RANKING_OPTIONS = {
 
 @pytest.fixture
 def ranking_losses():
-    losses = require("sentence_transformers.losses")
+    require("sentence_transformers")
     from fused_vse.integrations.sentence_transformers import MultipleNegativesRankingLoss
 
-    return MultipleNegativesRankingLoss, losses.MultipleNegativesRankingLoss
+    return MultipleNegativesRankingLoss, MultipleNegativesRankingLoss.__base__
+
+
+def imported(*folders: Path) -> str:
+    """What the import of the stand-in prints, warnings included, with these folders first in the path."""
+    path = os.pathsep.join(map(str, [*folders, Path(__file__).parents[2]]))
+    code = "import fused_vse.integrations.sentence_transformers"
+    command = [sys.executable, "-W", "default::DeprecationWarning", "-c", code]
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
+def test_ranking_loss_is_imported_from_where_the_library_has_it_now(ranking_losses):
+    assert "'sentence_transformers." not in imported()
+
+
+def test_ranking_loss_names_the_version_that_it_needs(tmp_path):
+    old = tmp_path / "sentence_transformers"  # of 5.2: no directions, no hardness
+    old.mkdir()
+    (old / "__init__.py").touch()
+    (old / "util.py").write_text("all_gather_with_grad = cos_sim = dot_score = None\n")
+    (old / "losses.py").write_text("class MultipleNegativesRankingLoss:\n    pass\n")
+    needed = "needs sentence-transformers 5.3 or newer"
+    remedy = "pip install -U 'sentence-transformers>=5.3'"
+    assert f"{needed} (the installed one is older): {remedy}\n" in imported(tmp_path)
+    (old / "util.py").write_text("")
+    assert f"{needed} (cannot import name" in imported(tmp_path)
 
 
 def from_embeddings(loss):
@@ -281,6 +342,25 @@ def test_ntxent_with_the_librarys_parts(ntxent_losses):
             lambda im, s, loss=loss: loss(im, LABELS, mined, s, LABELS) for loss in (ours, theirs)
         ]
         assert_same(*with_miner, random_batch())
+
+
+def test_ntxent_leaves_miners_and_cross_batch_memory_to_the_library(ntxent_losses, monkeypatch):
+    """As docs/pytorch_metric_learning.md says."""
+    from pytorch_metric_learning.losses import CrossBatchMemory
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+
+    make_ours, make_theirs = ntxent_losses
+    calls, compute_loss = [], make_theirs.compute_loss
+    monkeypatch.setattr(
+        make_theirs, "compute_loss", lambda *args: calls.append(None) or compute_loss(*args)
+    )
+    im, labels = random_batch()[0], LABELS // 2
+    make_ours()(im, labels)
+    assert len(calls) == 0
+    make_ours()(im, labels, MultiSimilarityMiner()(im, labels))
+    assert len(calls) == 1
+    CrossBatchMemory(make_ours(), D, memory_size=2 * B)(im, labels)
+    assert len(calls) == 2
 
 
 def test_ntxent_where_the_library_gives_up(ntxent_losses):

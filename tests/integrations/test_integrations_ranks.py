@@ -24,11 +24,9 @@ def clip_losses() -> dict:
 
 
 def ranking_losses() -> dict:
-    from sentence_transformers.losses import MultipleNegativesRankingLoss as Theirs
+    from fused_vse.integrations.sentence_transformers import MultipleNegativesRankingLoss as Ours
 
-    from fused_vse.integrations.sentence_transformers import MultipleNegativesRankingLoss
-
-    return {"ours": MultipleNegativesRankingLoss, "theirs": Theirs}
+    return {"ours": Ours, "theirs": Ours.__base__}
 
 
 def ranking(make, **options):

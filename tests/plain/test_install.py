@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,24 @@ def test_cuda_that_was_asked_for_fails_loudly(project, environment, reason):
     assert re.search(reason, run(project, code, fails=True, **{"CXX": "false", **environment}))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is built at all")
+@pytest.mark.skipif(not cuda_build_of_torch(), reason="needs a CUDA build of torch")
+@pytest.mark.parametrize(
+    ("gpu", "said"), [(True, ";"), (False, ", though no GPU is visible here;")]
+)
+def test_building_for_cuda_is_announced(project, tmp_path, gpu, said):
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    code = f"import torch; torch.cuda.is_available = lambda: {gpu}; import setup; print(setup.cuda_choice())"
+    choices = {"FUSED_VSE_CUDA": "auto", "CUDA_HOME": str(tmp_path / "cuda"), "CXX": "true"}
+    assert run(project, code, **choices) == (
+        f"fused_vse: the cuda backend will be built, with {nvcc}{said} FUSED_VSE_CUDA=0 leaves it out\n"
+    )
+    assert "no cuda backend" in run(project, code, **{**choices, "FUSED_VSE_CUDA": "0"})
+
+
 def test_note_of_the_cuda_build_is_the_reason(project):
     (project / "fused_vse" / CUDA_NOTE).write_text("the note of the build\n")
     reason = run(project, "import fused_vse; print(fused_vse.backends()['cuda'])")
@@ -213,11 +232,24 @@ def test_failed_build_leaves_no_stale_library(project):
     stale = project / "fused_vse" / LIBRARY
     stale.write_text("of an earlier build")
     code = (
-        "import runpy, sys; sys.argv[1:] = ['build_ext', '--inplace']; runpy.run_path('setup.py')"
+        "import runpy, sys; sys.argv[1:] = ['build_ext', '--inplace'];"
+        " runpy.run_path('setup.py', run_name='__main__')"
     )
     run(project, code, CXX="false")
     assert not stale.exists()
     assert "its compilation failed" in stale.with_name(NOTE).read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    "words", [["torch==2.13.0", "--index-url", "https://a.b/cpu"], ["torch>=2.13,<2.14"]]
+)
+def test_make_passes_all_words_of_the_chosen_torch(words, tmp_path):
+    command = ["make", "--dry-run", "install", f"VENV={tmp_path}", f"TORCH={' '.join(words)}"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [f"{tmp_path}/bin/python", "-m", "pip", "install", *words] in [
+        shlex.split(line) for line in shown.splitlines() if " pip install " in line
+    ]
 
 
 def test_sdist_holds_what_a_build_needs(project):
