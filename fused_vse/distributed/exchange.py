@@ -119,8 +119,8 @@ class Exchange:
         """Of rows [M, ..] of every rank; nobody waits yet."""
         own = padded(rows[self.own(chunk)], chunk.longest)
         gathered = own.new_empty(self.peers.size * chunk.longest, *own.shape[1:])
-        # As integers: not every backend moves every 16-bit type.
-        views = [x.view(torch.int16) if x.itemsize == 2 else x for x in (gathered, own)]
+        # As bytes: not every backend moves every 16-bit type.
+        views = [x.view(torch.uint8) if x.itemsize == 2 else x for x in (gathered, own)]
         work = all_gather(*views, self.peers.group, async_op=True)
         return _Columns(gathered, work, chunk)
 

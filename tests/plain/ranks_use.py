@@ -1,0 +1,143 @@
+"""What every rank of test_ranks_use.py does: losses over ranks where users have them. Run by torch.multiprocessing."""
+
+import collections
+import os
+import signal
+
+import ranks_cases
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import fused_vse.distributed.exchange
+import fused_vse.distributed.statistics
+from fused_vse import all_negatives_loss
+
+BATCH, FEATURES, DIM = 12, 5, 8
+
+
+class Encoders(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        torch.manual_seed(5)
+        self.images, self.captions = (
+            nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, DIM)).to(dtype)
+            for _ in range(2)
+        )
+
+    def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images(images), self.captions(captions)
+
+
+def inputs(rank: int, size: int, dtype: torch.dtype = torch.float64) -> tuple[list, list]:
+    """Of all ranks, and of this one."""
+    generator = torch.Generator().manual_seed(7)
+    whole = [torch.randn(BATCH, FEATURES, generator=generator).to(dtype) for _ in range(2)]
+    return whole, [x[rank * BATCH // size : (rank + 1) * BATCH // size] for x in whole]
+
+
+def every_use(rank: int, size: int) -> None:
+    for name in ("all_negatives", "hardest", "hinge_sum"):
+        autocast(rank, size, name)
+        sharded(rank, size, name)
+
+
+def autocast(rank: int, size: int, name: str) -> None:
+    """Embeddings in bfloat16 by autocast: the loss and the gradients of one process under autocast."""
+    loss, (whole, own) = ranks_cases.LOSSES[name], inputs(rank, size, torch.float32)
+    alone, shared = Encoders(torch.float32), Encoders(torch.float32)
+    parallel = nn.parallel.DistributedDataParallel(shared)
+    values = []
+    for model, batch, group in (alone, whole, None), (parallel, own, distributed.group.WORLD):
+        with torch.autocast("cpu", torch.bfloat16):
+            pair = model(*batch)
+            assert all(x.dtype == torch.bfloat16 for x in pair)
+            value = loss(*pair, normalize=True, group=group)
+        assert value.dtype == torch.float32
+        value.backward()
+        values.append(value.item())
+    assert abs(values[0] - values[1]) <= 1e-5 * abs(values[0])
+    for mine, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
+        # Each gradient of a bfloat16 embedding is rounded once, the sums of them in another order.
+        assert (mine.grad - theirs.grad).norm() <= 0.01 * theirs.grad.norm()
+
+
+def sharded(rank: int, size: int, name: str) -> None:
+    """FSDP2: weights and gradients are sharded; after some steps they are those of one process."""
+    loss, (whole, own) = ranks_cases.LOSSES[name], inputs(rank, size)
+    alone, model = Encoders(), Encoders()
+    mesh = init_device_mesh("cpu", (size,))
+    for side in (model.images, model.captions):
+        fully_shard(side, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batches = (alone, whole, None), (model, own, mesh.get_group())
+    optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x, _, _ in batches]
+    for _ in range(3):
+        values = []
+        for (encoders, batch, group), optimizer in zip(batches, optimizers, strict=True):
+            value = loss(*encoders(*batch), normalize=True, group=group)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            values.append(value.item())
+        assert abs(values[0] - values[1]) <= 1e-12 * abs(values[0])
+    for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(mine.full_tensor(), theirs, rtol=1e-10, atol=1e-12)
+
+
+class Counted:
+    """An object whose functions are noted in `calls`, name and arguments, before they are called."""
+
+    def __init__(self, target: object, calls: list):
+        self._target, self._calls = target, calls
+
+    def __getattr__(self, name: str):
+        def called(*args, **kwargs):
+            self._calls.append((name, args))
+            return getattr(self._target, name)(*args, **kwargs)
+
+        return called
+
+
+def costs(rank: int, size: int, name: str) -> dict[str, int]:
+    """Scores that this rank's ops look at, and bytes of its rows that each collective takes, D wide or not."""
+    sent, called = [], []
+    exchange, statistics = fused_vse.distributed.exchange, fused_vse.distributed.statistics
+    collectives = Counted(distributed, sent)
+    for function in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor"):
+        if not hasattr(distributed, function):
+            continue
+        for module in (exchange, fused_vse.distributed.peers, fused_vse.distributed.reduction):
+            for attribute in ("all_gather", "reduce_scatter"):
+                if getattr(module, attribute, None) is getattr(distributed, function):
+                    setattr(module, attribute, getattr(collectives, function))
+    exchange.distributed = collectives
+    ops_of = statistics.ops_of
+    statistics.ops_of = lambda backend: Counted(ops_of(backend), called)
+    own = BATCH // size
+    pair = [torch.randn(own, DIM).requires_grad_() for _ in range(2)]
+    ranks_cases.LOSSES[name](*pair, group=distributed.group.WORLD, backend="cpu").backward()
+    found = collections.Counter()
+    for function, arguments in sent:
+        taken = arguments[1]
+        wide = "rows" if taken.dim() == 2 and taken.shape[1] == DIM else "numbers"
+        found[f"{function.split('_single')[0]}: {wide}"] += taken.numel() * taken.element_size()
+    for function, arguments in called:
+        if function != "positive_scores":
+            found[function] += arguments[0].shape[0] * arguments[1].shape[0]
+    return dict(found)
+
+
+def death(rank: int, size: int, backward: bool) -> str:
+    """The last rank kills itself within a loss; what the others say."""
+    pair = [torch.randn(4, 5).requires_grad_() for _ in range(2)]
+    exchange = fused_vse.distributed.exchange.Exchange
+    if rank == size - 1:
+        method = "reduce" if backward else "to_owners"
+        setattr(exchange, method, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    try:
+        all_negatives_loss(*pair, group=distributed.group.WORLD).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
