@@ -1,4 +1,4 @@
-"""What every rank of test_ranks_use.py does: losses over ranks where users have them. Run by torch.multiprocessing."""
+"""What every rank of test_ranks_use.py does: losses over ranks where users have them."""
 
 import collections
 import os
@@ -101,7 +101,7 @@ class Counted:
 
 
 def costs(rank: int, size: int, name: str) -> dict[str, int]:
-    """Scores that this rank's ops look at, and bytes of its rows that each collective takes, D wide or not."""
+    """Scores that the ops look at, and bytes that the collectives take: of rows [., D], and others."""
     sent, called = [], []
     exchange, statistics = fused_vse.distributed.exchange, fused_vse.distributed.statistics
     collectives = Counted(distributed, sent)

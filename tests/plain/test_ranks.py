@@ -19,8 +19,8 @@ def free_port() -> int:
 
 
 def on_ranks(size: int, job, *arguments, timeout: float = 300, lost: tuple[int, ...] = ()) -> list:
-    """What job(rank, size, *arguments) returned on every rank; fails with a rank's traceback. The `lost` ranks
-    return nothing."""
+    """What job(rank, size, *arguments) returned on every rank, or on those not `lost`; fails with a
+    rank's traceback."""
     with spawn.Manager() as manager:
         results = manager.dict()
         port = free_port()
