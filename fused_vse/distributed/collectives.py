@@ -1,9 +1,20 @@
 """The collectives of torch.distributed, by the names that every supported torch has."""
 
-from torch import distributed
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, distributed
 
 # torch 2.14 has new names, and warns of the old ones.
 all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 reduce_scatter = (
     getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 )
+
+
+def start(collective: Callable, received: Tensor, sent: Tensor, group) -> Callable[[], object]:
+    """Starts it; the result waits for it. torch.compile, which orders them itself, takes no other kind."""
+    if not torch.compiler.is_compiling():
+        return collective(received, sent, group=group, async_op=True).wait
+    collective(received, sent, group=group)
+    return lambda: None

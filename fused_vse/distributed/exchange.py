@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..ops import Batch
-from .collectives import all_gather, reduce_scatter
+from .collectives import all_gather, reduce_scatter, start
 from .peers import Peers
 
 _gather_bytes = 2 << 30
@@ -67,12 +67,12 @@ class _Columns(NamedTuple):
     """The captions of a chunk, or their ids, on their way to this rank."""
 
     gathered: Tensor  # [W * longest, ..]
-    work: distributed.Work
+    finish: Callable[[], object]
     chunk: Chunk
 
     def wait(self) -> Tensor:
         """[C, ..], in the order of their numbers."""
-        self.work.wait()
+        self.finish()
         if min(self.chunk.lengths) == self.chunk.longest:
             return self.gathered
         parts = self.gathered.unflatten(0, (-1, self.chunk.longest))
@@ -121,8 +121,7 @@ class Exchange:
         gathered = own.new_empty(self.peers.size * chunk.longest, *own.shape[1:])
         # As bytes: not every backend moves every 16-bit type.
         views = [x.view(torch.uint8) if x.itemsize == 2 else x for x in (gathered, own)]
-        work = all_gather(*views, self.peers.group, async_op=True)
-        return _Columns(gathered, work, chunk)
+        return _Columns(gathered, start(all_gather, *views, self.peers.group), chunk)
 
     def columns(self, rows: Tensor) -> Iterator[Tensor]:
         """Rows [M, ..] of every rank, chunk by chunk, the next one under way."""
@@ -154,10 +153,10 @@ class Exchange:
         """Sums a part of the gradients of all columns [C, D] into their owners' [M, D], when waited for."""
         sent = torch.cat([padded(x, chunk.longest) for x in part.split(chunk.lengths)])
         received = part.new_empty(chunk.longest, *part.shape[1:])
-        work = reduce_scatter(received, sent, group=self.peers.group, async_op=True)
+        finish = start(reduce_scatter, received, sent, self.peers.group)
 
         def wait() -> None:
-            work.wait()
+            finish()
             own = self.own(chunk)
             total[own] = received[: own.stop - own.start]
 

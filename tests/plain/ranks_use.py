@@ -141,3 +141,30 @@ def death(rank: int, size: int, backward: bool) -> str:
     except RuntimeError as error:
         return str(error)
     return "no error"
+
+
+def compiled(rank: int, size: int, backend: str, names: list[str], batches: list[int]) -> list:
+    """How far torch.compile(fullgraph=True) is from eager: values and gradients of several batches."""
+    differences = []
+    for name in names:
+        temperature = () if name.startswith("hinge") else (torch.tensor(0.3).requires_grad_(),)
+
+        def loss(images, captions, ids, *temperature, name=name):
+            options = {"temperature": temperature[0]} if temperature else {}
+            return ranks_cases.LOSSES[name](
+                images, captions, image_ids=ids, caption_ids=ids, normalize=True,
+                group=distributed.group.WORLD, **options,
+            )  # fmt: skip
+
+        both = loss, torch.compile(loss, fullgraph=True, backend=backend)
+        for batch in batches:
+            torch.manual_seed(100 * rank + batch)
+            leaves = [torch.randn(batch, DIM).requires_grad_() for _ in range(2)]
+            ids = torch.arange(batch) // 2 + rank
+            results = []
+            for function in both:
+                value = function(*leaves, ids, *temperature)
+                results.append([value, *torch.autograd.grad(value, [*leaves, *temperature])])
+            for one, other in zip(*results, strict=True):
+                differences.append((one - other).abs().max().item() / one.abs().max().item())
+    return differences
