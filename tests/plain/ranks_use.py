@@ -1,6 +1,7 @@
 """What every rank of test_ranks_use.py does: losses over ranks where users have them."""
 
 import collections
+import itertools
 import os
 import signal
 
@@ -127,6 +128,25 @@ def costs(rank: int, size: int, name: str) -> dict[str, int]:
         if function != "positive_scores":
             found[function] += arguments[0].shape[0] * arguments[1].shape[0]
     return dict(found)
+
+
+def chunked(rank: int, size: int) -> int:
+    """Captions in chunks of three of each rank, kept or gathered twice; returns how many cases there were."""
+    three = 3 * size * 6 * 8
+    fused_vse.distributed.exchange.CHUNK_BYTES = three
+    count = 0
+    for kept, name, layout, with_ids in itertools.product(
+        (True, False),
+        ranks_cases.LOSSES,
+        ("uneven", "queues", "a rank without pairs"),
+        (True, False),
+    ):
+        fused_vse.distributed.set_gather_bytes(2 << 30 if kept else 2 * three)
+        ranks_cases.compare(
+            rank, size, name, layout, backend="cpu", with_ids=with_ids, integers=with_ids
+        )
+        count += 1
+    return count
 
 
 def death(rank: int, size: int, backward: bool) -> str:
