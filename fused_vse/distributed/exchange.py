@@ -88,8 +88,7 @@ class Exchange:
         self.kept = max(peers.captions) * row_bytes <= _gather_bytes
         at_once = CHUNK_BYTES if self.kept else min(CHUNK_BYTES, _gather_bytes // 2)
         self.chunks = list(chunks_of(peers, max(1, at_once // row_bytes)))
-        device = captions.device
-        self.row_numbers = _row_numbers(peers, device)
+        self.row_numbers = _row_numbers(peers, captions.device)
 
     def calls(
         self, own: Batch, vectors: list[Tensor | None]
@@ -215,8 +214,6 @@ def _positions(number: Tensor, numbers: Tensor) -> Tensor:
 
 def padded(rows: Tensor, length: int) -> Tensor:
     missing = length - rows.shape[0]
-    return (
-        torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        if missing
-        else rows.contiguous()
-    )
+    if not missing:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
