@@ -7,7 +7,7 @@
 # PYTHON  the Python to make the environment with       VENV      where it is
 # TORCH   the torch to install: TORCH=torch==2.13.0     EXTRAS    of pyproject.toml, to install
 #         the smaller one without CUDA: TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-# MAX_JOBS  compilations at a time
+# MAX_JOBS  compilations, or processes of tests, at a time
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,8 +27,10 @@ formatted := $(native_sources) $(wildcard tests/mirrors/*.cpp tests/mirrors/*.h 
 train: $(installed)
 	$(python) train_reference.py $(ARGS)
 
+# Threads that wait leave their processor to the other process.
+test: export OMP_WAIT_POLICY = passive
 test: $(installed)
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n $(MAX_JOBS) --dist loadfile $(ARGS)
 
 bench: $(installed)
 	$(python) -m benchmarks.cpu $(ARGS)

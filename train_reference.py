@@ -5,11 +5,12 @@
     python train_reference.py --loss all_negatives --output runs/mine
     python train_reference.py --output runs/mine --resume
     python train_reference.py --validate --epochs 2
+    torchrun --nproc-per-node=2 train_reference.py    # data-parallel: --batch-size is that of all ranks
 
 A run directory holds checkpoint.pt, best.pt (the weights of the best dev rsum and the vocabulary),
 metrics.jsonl, curves.png and retrieved.png, or retrieved.txt where images are no pictures. On the
 CPU, the same seed gives the same numbers, to the last bit, also when the run was killed on the way
-and resumed.
+and resumed. On several ranks they are the same to rounding, and any number of ranks resumes the run.
 """
 
 import os
@@ -49,6 +50,7 @@ from training.lock import locked
 from training.objective import HARDEST_LOSSES, Objective
 from training.options import Command, Options, new_options, parse_command, resumed_options
 from training.precomp import load_precomp
+from training.ranks import LostRank, Ranks, joined, launcher, losing_none, say, speaks
 from training.restore import restore
 from training.trainer import Diverged, Trainer, embed, evaluate
 from training.vocabulary import Vocabulary
@@ -60,7 +62,8 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 def progress_bar(total: int, done: int = 0) -> tqdm:
     # In a log file, a bar redrawn ten times a second is a nuisance.
     interval = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(total=total, initial=done, unit="step", mininterval=interval, leave=False)
+    look = {"unit": "step", "mininterval": interval, "leave": False, "disable": not speaks()}
+    return tqdm(total=total, initial=done, **look)
 
 
 def run_epoch(trainer: Trainer, objective: Objective, bar: tqdm) -> Iterator[float]:
@@ -73,10 +76,15 @@ def run_epoch(trainer: Trainer, objective: Objective, bar: tqdm) -> Iterator[flo
 
 # ------------------------------------------------------------------------------------- training
 def train(
-    options: Options, data: Dataset, vocabulary: Vocabulary, output: Path, saved: dict | None
+    options: Options,
+    data: Dataset,
+    vocabulary: Vocabulary,
+    output: Path,
+    saved: dict | None,
+    ranks: Ranks,
 ) -> int:
-    """Trains from the start, or from a checkpoint's content, and shows the test results."""
-    trainer = Trainer(options, data, vocabulary)
+    """Trains from the start, or from a checkpoint's content; the first rank shows the test results."""
+    trainer = Trainer(options, data, vocabulary, ranks)
     about = {
         "options": dataclasses.asdict(options),
         "fingerprint": data.fingerprint(),
@@ -85,28 +93,31 @@ def train(
     }
     if saved is None:
         history, best_model = [], trainer.model.state_dict()
-        save(output, about, trainer, history, best_model)
+        if ranks.first:
+            save(output, about, trainer, history, best_model)
     else:
         restore(trainer, saved, output / CHECKPOINT)
         history, best_model = saved["history"], saved["best_model"]
-        save_results(output, about, options, history, best_model)
+        if ranks.first:
+            save_results(output, about, options, history, best_model)
 
-    print(f"run directory: {output}")
-    print(report.EPOCH_HEADER)
-    for line in history:
-        print(report.epoch_line(line))
+    if ranks.first:
+        print(f"run directory: {output}")
+        print(report.EPOCH_HEADER, *map(report.epoch_line, history), sep="\n")
     saved_at = time.monotonic()
     with progress_bar(options.epochs * trainer.steps_per_epoch, trainer.steps_done) as bar:
         for epoch in range(len(history), options.epochs):
             bar.set_description(f"epoch {epoch + 1}/{options.epochs}")
-            objective = options.objective(epoch)
+            objective = options.objective(epoch)._replace(group=ranks.group)
             learning_rate = trainer.learning_rate(epoch * trainer.steps_per_epoch)
             for _ in run_epoch(trainer, objective, bar):
                 # After the last step comes the line of the history, and then the checkpoint.
                 due = time.monotonic() - saved_at >= CHECKPOINT_SECONDS
-                if due and not trainer.between_epochs:
+                if due and ranks.first and not trainer.between_epochs:
                     save_state(output, about, trainer, history, best_model)
                     saved_at = time.monotonic()
+            if not ranks.first:
+                continue
             sums, captions = trainer.sums, len(trainer.captions)
             start = time.monotonic()
             dev = evaluate(data.dev, *embed(trainer.model, data.dev, vocabulary))
@@ -135,7 +146,8 @@ def train(
             save(output, about, trainer, history, best_model)
             saved_at = time.monotonic()
 
-    show_test_results(output, data, history)
+    if ranks.first:
+        show_test_results(output, data, history)
     return 0
 
 
@@ -285,64 +297,100 @@ def refuse_run(output: Path) -> None:
             )
 
 
-def run(command: Command) -> int:
+def run(command: Command, ranks: Ranks) -> int:
     if command.resume:
-        return resume(command.output, command)
-    if command.output:
-        refuse_run(command.output)
-    options = new_options(command)
-    torch.set_num_threads(options.threads)
-    data = load_data(options)
-    vocabulary = Vocabulary.build(data.train.captions)
+        return resume(command.output, command, ranks)
+
+    def prepared() -> tuple[Options, Dataset, Vocabulary]:
+        if command.output and ranks.first:
+            refuse_run(command.output)
+        if command.validate and ranks.size > 1:
+            raise InputError("--validate runs in one process; start it without torchrun")
+        options = new_options(command)
+        torch.set_num_threads(options.threads)
+        data = load_data(options)
+        ranks.check(options.device, len(data.train.captions), options.batch_size)
+        return options, data, Vocabulary.build(data.train.captions)
+
+    options, data, vocabulary = ranks.agreed(prepared)
     if command.validate:
         return validate(options, data, vocabulary)
-    output = make_directory(command.output, options)
-    with locked(output), resumable(output):
-        refuse_run(output)  # of another process, since
-        return train(options, data, vocabulary, output, None)
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> Path:
+            output = make_directory(command.output, options)
+            stack.enter_context(locked(output))
+            refuse_run(output)  # of another process, since
+            return output
+
+        output = ranks.from_first(opened)
+        with resumable(output):
+            return train(options, data, vocabulary, output, None, ranks)
 
 
-def resume(output: Path, command: Command) -> int:
+def resume(output: Path, command: Command, ranks: Ranks) -> int:
     path = output / CHECKPOINT
-    if not os.path.lexists(path):
-        raise InputError(f"{path}: no checkpoint to resume from; start without --resume")
-    with locked(output), resumable(output):
-        saved = read_checkpoint(path, CHECKPOINT_KEYS)
-        options = resumed_options(command, saved["options"], path)
-        data = load_data(options)
-        if data.fingerprint() != saved["fingerprint"]:
-            raise InputError(f"{path}: trained on other data than {options.data or 'the digits'}")
+    with contextlib.ExitStack() as stack:
+
+        def opened() -> dict:
+            if not os.path.lexists(path):
+                raise InputError(f"{path}: no checkpoint to resume from; start without --resume")
+            stack.enter_context(locked(output))
+            return read_checkpoint(path, CHECKPOINT_KEYS)
+
+        saved = ranks.from_first(opened)
+
+        def prepared() -> tuple[Options, Dataset]:
+            options = resumed_options(command, saved["options"], path)
+            data = load_data(options)
+            if data.fingerprint() != saved["fingerprint"]:
+                raise InputError(
+                    f"{path}: trained on other data than {options.data or 'the digits'}"
+                )
+            ranks.check(options.device, len(data.train.captions), options.batch_size)
+            return options, data
+
+        options, data = ranks.agreed(prepared)
         torch.set_num_threads(options.threads)
-        return train(options, data, Vocabulary.build(data.train.captions), output, saved)
+        vocabulary = Vocabulary.build(data.train.captions)
+        with resumable(output):
+            return train(options, data, vocabulary, output, saved, ranks)
 
 
 @contextlib.contextmanager
 def resumable(output: Path) -> Iterator[None]:
-    """Adds to ^C how to go on."""
+    """Adds to ^C, and to the loss of a rank, how to go on."""
     try:
-        yield
-    except KeyboardInterrupt:
+        with losing_none():
+            yield
+    except (KeyboardInterrupt, LostRank) as end:
         if not os.path.lexists(output / CHECKPOINT):
             raise
-        command = shlex.join([sys.executable, sys.argv[0], "--output", str(output), "--resume"])
-        raise KeyboardInterrupt(f"; this continues: {command}") from None
+        command = [*launcher(), sys.argv[0], "--output", str(output), "--resume"]
+        raise type(end)(f"{end}; this continues: {shlex.join(command)}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 1 (failed), 2 (bad input), 130 (^C)."""
+    of_all = True  # an end that all ranks come to, about which the first one speaks
     try:
-        return run(parse_command(argv, __doc__))
+        command = parse_command(argv, __doc__)
+        with losing_none(), joined() as ranks:
+            return run(command, ranks)
     except InputError as error:
         message, code = f"error: {error}", EXIT_BAD_INPUT
     except Diverged as error:
         message, code = f"failed: {error}; lower --lr or raise --temperature", EXIT_FAILED
     except KeyboardInterrupt as interrupt:
         message, code = f"interrupted{interrupt}", EXIT_INTERRUPTED
+    except LostRank as error:
+        message, code, of_all = f"failed: {error}", EXIT_FAILED, False
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error):
             raise  # PyTorch has no type of its own for memory that is exhausted on the CPU
         message, code = f"failed: {(str(error) or 'out of memory').splitlines()[0]}", EXIT_FAILED
-    print(message.replace("\n", "\\n"), file=sys.stderr)
+        of_all = False
+    say(message.replace("\n", "\\n"), of_all)
     return code
 
 

@@ -33,7 +33,7 @@ several parts of the columns), and the derivatives of the objective:
     d_positive [pair_count]  by the scores of the pairs
     d_images [N, D], d_captions [M, D]  in the embeddings' dtype; [0] if not needed. Where S is given,
         d_images is its gradient [N, M], and d_captions [0].
-    accumulate_captions  d_captions comes in the accumulation type, to be summed over ranks.
+    accumulate  Both gradients of embeddings come in the accumulation type, to be summed with others.
 Where the statistic of the first row anchor or of the first column anchor is NaN, all gradients are.
 """
 
@@ -81,7 +81,7 @@ _BATCH = (
     "Tensor images, Tensor? captions, Tensor? image_ids, Tensor? caption_ids, SymInt row_anchors,"
     " SymInt column_anchors, SymInt pair_row, SymInt pair_column, SymInt pair_count, int similarity"
 )
-_NEEDS = "bool need_images, bool need_captions, bool accumulate_captions"
+_NEEDS = "bool need_images, bool need_captions, bool accumulate"
 _GRADIENTS = "Tensor d_images, Tensor d_captions"
 
 
@@ -123,7 +123,7 @@ def hardest_negatives(batch, ceiling):
 )
 def hardest_negatives_backward(batch, score, index, d_positive, d_score, *needs):
     """A gather and a scatter: only the indexed entries of S have a gradient, and where index is -1 none."""
-    return _gradients(batch, *needs)
+    return new_gradients(batch, *needs)
 
 
 @_op(
@@ -156,7 +156,7 @@ def negative_logsumexp_backward(
     d_scale [] = sum_ij q_ij (s_ij - reference_i) + r_ij (s_ij - reference_j), the derivative of the
     log_sums by a. (The reference is a constant: what a user adds as a reference has its own derivative.)
     """
-    return *_gradients(batch, *needs), _new(batch, ())
+    return *new_gradients(batch, *needs), _new(batch, ())
 
 
 @_op(
@@ -179,7 +179,7 @@ def hinge_sum_backward(
 ):
     """The gradient by S is [s_ij > threshold_i] g_i + [s_ij > threshold_j] g_j for the negatives, with
     g = d_hinge_sum, and d_positive at the pairs. (That by a threshold is -active g.)"""
-    return _gradients(batch, *needs)
+    return new_gradients(batch, *needs)
 
 
 @_op(
@@ -210,7 +210,7 @@ def small_loss(images, captions, image_ids, caption_ids, num_pairs, kind, scale,
         saved = (num_pairs, 2 * num_pairs) if hardest else ((images.shape[0], captions.shape[0]), 0)
         saved = [_new(batch, shape) for shape in saved]
     else:
-        saved = [x.to(dtype) for x in _gradients(batch, need_images, need_captions, False)]
+        saved = [x.to(dtype) for x in new_gradients(batch, need_images, need_captions, False)]
     scalar, statistic = _new(batch, ()), _statistic(batch)
     positive, index = _new(batch, num_pairs), _statistic(batch, torch.int64)
     return scalar, positive, statistic, index, _new(batch, ()), *saved
@@ -225,7 +225,7 @@ def small_loss_backward(images, captions, index, d_scale, saved_one, saved_two, 
                         need_images, need_captions):  # fmt: skip
     """The gradients times upstream [], rounded once to the embeddings' dtype."""
     batch = Batch(images, captions, None, None, 0, 0, 0, 0, 0, DOT)
-    return *_gradients(batch, need_images, need_captions, False), d_scale.new_empty(())
+    return *new_gradients(batch, need_images, need_captions, False), d_scale.new_empty(())
 
 
 def _new(batch: Batch, shape, dtype: torch.dtype | None = None) -> Tensor:
@@ -243,13 +243,16 @@ def _saved_scores(batch: Batch, save_scores: bool) -> Tensor:
     return _new(batch, numel if numel <= MAX_SAVED_SCORES else 0)
 
 
-def _gradients(batch: Batch, need_images, need_captions, accumulate_captions):
+def new_gradients(batch: Batch, need_images: bool, need_captions: bool, accumulate: bool):
+    """Room for d_images and d_captions."""
     images, captions = batch.images, batch.captions
-    d_images = images.new_empty(images.shape if need_images else 0)
-    if captions is None or not need_captions:
-        return d_images, images.new_empty(0)
-    dtype = accumulation_dtype(captions.dtype) if accumulate_captions else captions.dtype
-    return d_images, captions.new_empty(captions.shape, dtype=dtype)
+    given, dtype = captions is None, images.dtype
+    if accumulate and not given:
+        dtype = accumulation_dtype(dtype)
+    return (
+        images.new_empty(images.shape if need_images else 0, dtype=dtype),
+        images.new_empty(0 if given or not need_captions else captions.shape, dtype=dtype),
+    )
 
 
 def check(batch: Batch, **tensors: Tensor | None) -> None:

@@ -87,7 +87,7 @@ def hardest_negatives(
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
     inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    batch, _, peers = _checked(inputs, 1.0, group)
+    batch, _, peers = checked(inputs, 1.0, group)
     return hardest_statistic(batch, backend, peers)
 
 
@@ -139,7 +139,7 @@ def negative_logsumexp(
         RuntimeError: the named backend is not available here, or does not take this batch.
     """
     inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
-    batch, scale, peers = _checked(inputs, temperature, group)
+    batch, scale, peers = checked(inputs, temperature, group)
     positive, reference, log_sum = logsumexp_statistic(batch, scale, backend, peers)
     return NegativeLogsumexp(positive, (scale * reference + log_sum).to(positive.dtype))
 
@@ -148,7 +148,7 @@ class _Scale(NamedTuple):
     inverse_temperature: float | Tensor
 
 
-def _checked(
+def checked(
     inputs: tuple, temperature: float | Tensor, group
 ) -> tuple[Batch, float | Tensor, Peers | None]:
     """The batch, 1 / temperature, and the other ranks."""

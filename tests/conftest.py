@@ -1,10 +1,6 @@
 """Backends as a fixture, poisoned memory, what tests on a GPU share, and an assertion that shows the worst
 element."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import embeddings, ids_of
@@ -12,7 +8,7 @@ from cases import embeddings, ids_of
 import fused_vse
 from fused_vse.backends import cpu, cuda
 
-pytest_plugins = ["emulator.plugin"]
+pytest_plugins = ["emulator.plugin", "few_cases"]
 
 
 def _backend_parameters():
@@ -39,33 +35,6 @@ def loss_backend(request, monkeypatch) -> str:
         monkeypatch.setattr(cpu, "SMALL_ROWS", 0)
         return "cpu"
     return request.param
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreter_runs(request, tmp_path_factory):
-    """Process and output of the runs in Triton's interpreter, by name. They take minutes, and so begin with
-    the first test, for what the others leave of the processors; their own tests come almost last."""
-    tests = [i for i in request.session.items if i.path.name == "test_triton_interpreter.py"]
-    names = [test.callspec.params["name"] for test in tests]
-    here = tests[0].path if tests else None
-    directory = tmp_path_factory.mktemp("interpreter")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    started = {}
-    for name in names:
-        cases = here.with_name(f"triton_interpreter_{name}.py")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-        output = directory / name
-        with open(output, "wb") as file:
-            process = subprocess.Popen(
-                ["nice", *command, str(cases)],
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        started[name] = process, output
-    yield started
-    for process, _ in started.values():
-        process.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, normalize
+from torch.nn.functional import dropout, normalize, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
+from .ranks import Part
 from .vocabulary import PADDING
 
 
@@ -54,23 +55,38 @@ class VSEModel(nn.Module):
         least = (0.1 * deviation.mean()).clamp(min=1e-6)
         self.deviation.copy_(deviation.maximum(least))
 
-    def encode_images(self, features: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, captions: list[Tensor], part: Part | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both encoders, of a batch or of a rank's part of one."""
+        return self.encode_images(features, part), self.encode_captions(captions, part)
+
+    def encode_images(self, features: Tensor, part: Part | None = None) -> Tensor:
         """[B, F] to unit vectors [B, D]."""
         standardised = (_signed_root(features) - self.mean) / self.deviation
-        dropped = dropout(standardised, self.image_dropout, self.training)
+        dropped = self._dropped(standardised, self.image_dropout, part)
         return normalize(self.image_projection(dropped), dim=1)
 
-    def encode_captions(self, captions: list[Tensor]) -> Tensor:
+    def encode_captions(self, captions: list[Tensor], part: Part | None = None) -> Tensor:
         """B sequences of word numbers to unit vectors [B, D]: the GRU's states, max-pooled."""
         lengths = torch.tensor([len(caption) for caption in captions])
         words = pad_sequence(captions, batch_first=True, padding_value=PADDING)  # [B, L]
+        if part is not None:
+            words = pad(words, (0, part.longest - words.shape[1]), value=PADDING)
         vectors = self.word_vectors(words.to(self.mean.device))
-        vectors = dropout(vectors, self.word_dropout, self.training)
+        vectors = self._dropped(vectors, self.word_dropout, part)
         packed = pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(
             self.gru(packed)[0], batch_first=True, padding_value=-torch.inf
         )  # [B, L, 2H]
         return normalize(self.caption_projection(states.amax(1)), dim=1)
+
+    def _dropped(self, x: Tensor, share: float, part: Part | None) -> Tensor:
+        """Dropout; of a part of a batch, what the whole batch would get there."""
+        if part is None:
+            return dropout(x, share, self.training)
+        whole = dropout(x.new_ones(part.batch, *x.shape[1:]), share, self.training)
+        return x * whole[part.rows]
 
 
 def _signed_root(features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 from fused_vse import LossStatistics, all_negatives_loss, hardest_negative_loss, hinge_loss
 
@@ -30,6 +30,7 @@ class Objective(NamedTuple):
     margin: float
     smooth: bool
     backend: str
+    group: distributed.ProcessGroup | None = None  # the ranks whose pairs are one batch
 
     def __call__(
         self,
@@ -45,6 +46,7 @@ class Objective(NamedTuple):
             "reduction": "mean",
             "return_statistics": self.name in HARDEST_LOSSES,
             "backend": self.backend,
+            "group": self.group,
         }
         if self.name == "all_negatives":
             return all_negatives_loss(

@@ -15,10 +15,13 @@ from fused_vse.retrieval import Retrieval, evaluate_retrieval
 from .data import Dataset, Split
 from .model import VSEModel
 from .options import Options
+from .ranks import Part, Ranks
 from .report import KS
 from .vocabulary import Vocabulary
 
 EVALUATION_BATCH = 500
+
+ALONE = Ranks()
 
 BatchLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, LossStatistics | None]]
 
@@ -40,9 +43,12 @@ class Sums:
 class Trainer:
     """What a step depends on: weights, the optimiser's state, the seed, and how many were done."""
 
-    def __init__(self, options: Options, data: Dataset, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, options: Options, data: Dataset, vocabulary: Vocabulary, ranks: Ranks = ALONE
+    ) -> None:
         torch.manual_seed(options.seed)
         self.options = options
+        self.ranks = ranks
         self.vocabulary = vocabulary
         self.sizes = {
             "features": data.train.features.shape[1],
@@ -56,6 +62,7 @@ class Trainer:
         model = VSEModel(**self.sizes)
         model.fit_standardisation(data.train.features)
         self.model = model.to(options.device)
+        self.parallel = ranks.parallel(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=options.lr)
 
         self.features = data.train.features.to(options.device)  # [N, F]
@@ -82,9 +89,7 @@ class Trainer:
         self.model.train()
         for batch in order.split(self.options.batch_size)[start:]:
             self._set_learning_rate()
-            ids = self.owners[batch].to(self.features.device)
-            images = self.model.encode_images(self.features[ids])
-            captions = self.model.encode_captions([self.captions[j] for j in batch])
+            images, captions, ids = self._encode(batch)
             loss, statistics = objective(images, captions, ids)
             self.optimizer.zero_grad()
             loss.backward()
@@ -96,11 +101,23 @@ class Trainer:
                 raise Diverged(f"the loss is {value} in step {step} of epoch {epoch + 1}")
             self.sums.loss += value * len(batch)
             if statistics is not None:
-                self.sums.gap += _gap(statistics) * len(batch)
-                self.sums.active += statistics.active_share.mean().item() * len(batch)
+                of_pair = _gap(statistics), statistics.active_share.mean().item()
+                gap, active = self.ranks.sum(*(x * len(ids) for x in of_pair))
+                self.sums.gap += gap
+                self.sums.active += active
             self.sums.seconds = time.monotonic() - began
             self.steps_done += 1
             yield value
+
+    def _encode(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The embeddings of this rank's pairs of a batch, and the rows of their images."""
+        rows = self.ranks.rows(len(batch))
+        ids = self.owners[batch[rows]].to(self.features.device)
+        part = None
+        if self.ranks.size > 1:
+            part = Part(rows, len(batch), max(len(self.captions[j]) for j in batch))
+        captions = [self.captions[j] for j in batch[rows]]
+        return *self.parallel(self.features[ids], captions, part), ids
 
     @property
     def between_epochs(self) -> bool:

@@ -54,15 +54,14 @@ class EmbeddingGradients {
       : d_images(like(batch.images, needs.images)),
         d_captions(like(*batch.captions, needs.captions)),
         g(empty({largest_tile(batch)}, SCALAR_TYPE<T>)),
-        type_(batch.images.scalar_type()),
-        captions_type_(needs.accumulate_captions ? SCALAR_TYPE<T> : type_) {}
+        type_(needs.accumulate ? SCALAR_TYPE<T> : batch.images.scalar_type()) {}
 
   // Where a strip's part of G is to be written.
   GradientStrip<T> at(const Strip<T>& strip) const {
     return {strip.in(data<T>(g), strip.tile.cols), strip.tile.cols};
   }
 
-  Gradients result() const { return {converted(d_images, type_), converted(d_captions, captions_type_)}; }
+  Gradients result() const { return {converted(d_images, type_), converted(d_captions, type_)}; }
 
  protected:
   Tensor d_images, d_captions;
@@ -72,7 +71,7 @@ class EmbeddingGradients {
   static Tensor like(const Tensor& x, bool needed) {
     return needed ? empty({x.size(0), x.size(1)}, SCALAR_TYPE<T>) : empty({0}, SCALAR_TYPE<T>);
   }
-  const ScalarType type_, captions_type_;
+  const ScalarType type_;
 };
 
 }  // namespace fused_vse

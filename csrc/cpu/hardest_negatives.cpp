@@ -101,10 +101,10 @@ Tensor gather_embeddings(const Batch& batch, bool of_images, const Choice<T>& ow
 
 Gradients hardest_negatives_backward(const Batch& batch, const Tensor& score, const Tensor& index,
                                      const Tensor& d_positive, const Tensor& d_score, bool need_images,
-                                     bool need_captions, bool accumulate_captions) {
+                                     bool need_captions, bool accumulate) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
-    const Needs needs{need_images, need_captions, accumulate_captions};
+    const Needs needs{need_images, need_captions, accumulate};
     if (is_poisoned(batch, vector_of<T>(score, "score", batch.anchors()))) return nan_gradients(batch, needs);
     const auto chosen = vector_of<int64_t>(index, "index", batch.anchors());
     const auto direct = upstream_of<T>(d_positive, "d_positive", batch.pair_count);

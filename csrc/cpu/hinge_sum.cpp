@@ -81,10 +81,10 @@ Hinges hinge_sum(const Batch& batch, const OptionalTensor& ceiling, const Tensor
 Gradients hinge_sum_backward(const Batch& batch, const OptionalTensor& ceiling, const Tensor& threshold,
                              const Tensor& hinge_sum, const Tensor& scores, const Tensor& d_positive,
                              const Tensor& d_hinge_sum, bool need_images, bool need_captions,
-                             bool accumulate_captions) {
+                             bool accumulate) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
-    const Needs needs{need_images, need_captions, accumulate_captions};
+    const Needs needs{need_images, need_captions, accumulate};
     if (is_poisoned(batch, vector_of<T>(hinge_sum, "hinge_sum", batch.anchors())))
       return nan_gradients(batch, needs);
     const PerAnchor<T> of_anchors = thresholds<T>(batch, threshold);

@@ -147,10 +147,10 @@ struct Weights {
 std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     const Batch& batch, const OptionalTensor& ceiling, double scale, const OptionalTensor& scale_tensor,
     const Tensor& reference, const Tensor& log_sum, const Tensor& scores, const Tensor& d_positive,
-    const Tensor& d_log_sum, bool need_images, bool need_captions, bool accumulate_captions) {
+    const Tensor& d_log_sum, bool need_images, bool need_captions, bool accumulate) {
   return dispatch(batch.images, [&](auto zero) {
     using T = decltype(zero);
-    const Needs needs{need_images, need_captions, accumulate_captions};
+    const Needs needs{need_images, need_captions, accumulate};
     const auto references = vector_of<T>(reference, "reference", batch.anchors());
     const auto log_sums = vector_of<double>(log_sum, "log_sum", batch.anchors());
     const auto g = upstream_of<double>(d_log_sum, "d_log_sum", batch.anchors());

@@ -45,19 +45,19 @@ struct GradientStrip {
 
 // What a backward op is asked for.
 struct Needs {
-  bool images, captions, accumulate_captions;
+  bool images, captions, accumulate;  // `accumulate`: in the accumulation type
 };
 
 using Gradients = std::tuple<Tensor, Tensor>;  // d_images, d_captions
 
 inline Gradients empty_gradients(const Batch& batch, const Needs& needs) {
-  const auto like = [](const Tensor& x, bool needed, ScalarType type) {
+  const bool wide = needs.accumulate && batch.captions;
+  const ScalarType type = wide ? batch.accumulation_type() : batch.images.scalar_type();
+  const auto like = [&](const Tensor& x, bool needed) {
     return needed ? empty({x.size(0), x.size(1)}, type) : empty({0}, type);
   };
-  const ScalarType type = batch.images.scalar_type();
-  const ScalarType wide = needs.accumulate_captions ? batch.accumulation_type() : type;
-  if (!batch.captions) return {like(batch.images, needs.images, type), empty({0}, type)};
-  return {like(batch.images, needs.images, type), like(*batch.captions, needs.captions, wide)};
+  return {like(batch.images, needs.images),
+          batch.captions ? like(*batch.captions, needs.captions) : empty({0}, type)};
 }
 
 inline Gradients nan_gradients(const Batch& batch, const Needs& needs) {

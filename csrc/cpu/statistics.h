@@ -13,7 +13,7 @@ LogSums negative_logsumexp(const Batch& batch, const OptionalTensor& ceiling, do
 std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     const Batch& batch, const OptionalTensor& ceiling, double scale, const OptionalTensor& scale_tensor,
     const Tensor& reference, const Tensor& log_sum, const Tensor& scores, const Tensor& d_positive,
-    const Tensor& d_log_sum, bool need_images, bool need_captions, bool accumulate_captions);
+    const Tensor& d_log_sum, bool need_images, bool need_captions, bool accumulate);
 
 using Hinges = std::tuple<Tensor, Tensor, Tensor>;  // hinge_sum, active, scores
 Hinges hinge_sum(const Batch& batch, const OptionalTensor& ceiling, const Tensor& threshold,
@@ -21,6 +21,6 @@ Hinges hinge_sum(const Batch& batch, const OptionalTensor& ceiling, const Tensor
 Gradients hinge_sum_backward(const Batch& batch, const OptionalTensor& ceiling, const Tensor& threshold,
                              const Tensor& hinge_sum, const Tensor& scores, const Tensor& d_positive,
                              const Tensor& d_hinge_sum, bool need_images, bool need_captions,
-                             bool accumulate_captions);
+                             bool accumulate);
 
 }  // namespace fused_vse

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..ops import Batch
-from .collectives import all_gather, reduce_scatter
+from .collectives import all_gather, reduce_scatter, start
 from .peers import Peers
 
 _gather_bytes = 2 << 30
@@ -67,12 +67,12 @@ class _Columns(NamedTuple):
     """The captions of a chunk, or their ids, on their way to this rank."""
 
     gathered: Tensor  # [W * longest, ..]
-    work: distributed.Work
+    finish: Callable[[], object]
     chunk: Chunk
 
     def wait(self) -> Tensor:
         """[C, ..], in the order of their numbers."""
-        self.work.wait()
+        self.finish()
         if min(self.chunk.lengths) == self.chunk.longest:
             return self.gathered
         parts = self.gathered.unflatten(0, (-1, self.chunk.longest))
@@ -88,8 +88,7 @@ class Exchange:
         self.kept = max(peers.captions) * row_bytes <= _gather_bytes
         at_once = CHUNK_BYTES if self.kept else min(CHUNK_BYTES, _gather_bytes // 2)
         self.chunks = list(chunks_of(peers, max(1, at_once // row_bytes)))
-        device = captions.device
-        self.row_numbers = _row_numbers(peers, device)
+        self.row_numbers = _row_numbers(peers, captions.device)
 
     def calls(
         self, own: Batch, vectors: list[Tensor | None]
@@ -119,10 +118,9 @@ class Exchange:
         """Of rows [M, ..] of every rank; nobody waits yet."""
         own = padded(rows[self.own(chunk)], chunk.longest)
         gathered = own.new_empty(self.peers.size * chunk.longest, *own.shape[1:])
-        # As integers: not every backend moves every 16-bit type.
-        views = [x.view(torch.int16) if x.itemsize == 2 else x for x in (gathered, own)]
-        work = all_gather(*views, self.peers.group, async_op=True)
-        return _Columns(gathered, work, chunk)
+        # As bytes: not every backend moves every 16-bit type.
+        views = [x.view(torch.uint8) if x.itemsize == 2 else x for x in (gathered, own)]
+        return _Columns(gathered, start(all_gather, *views, self.peers.group), chunk)
 
     def columns(self, rows: Tensor) -> Iterator[Tensor]:
         """Rows [M, ..] of every rank, chunk by chunk, the next one under way."""
@@ -154,10 +152,10 @@ class Exchange:
         """Sums a part of the gradients of all columns [C, D] into their owners' [M, D], when waited for."""
         sent = torch.cat([padded(x, chunk.longest) for x in part.split(chunk.lengths)])
         received = part.new_empty(chunk.longest, *part.shape[1:])
-        work = reduce_scatter(received, sent, group=self.peers.group, async_op=True)
+        finish = start(reduce_scatter, received, sent, self.peers.group)
 
         def wait() -> None:
-            work.wait()
+            finish()
             own = self.own(chunk)
             total[own] = received[: own.stop - own.start]
 
@@ -216,8 +214,6 @@ def _positions(number: Tensor, numbers: Tensor) -> Tensor:
 
 def padded(rows: Tensor, length: int) -> Tensor:
     missing = length - rows.shape[0]
-    return (
-        torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        if missing
-        else rows.contiguous()
-    )
+    if not missing:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])

@@ -40,6 +40,10 @@ def agree(
     """
     if group is None:
         return None, *check()
+    if torch.compiler.is_compiling():  # by contract, all pass what this rank does
+        batch, options = check()
+        sizes = [[n] * group.size() for n in _sizes(batch)]
+        return Peers(group, group.rank(), *sizes), batch, options
     error, values = None, {}
     try:
         batch, options = check()
@@ -67,11 +71,8 @@ def agree(
 
 def _described(batch: Batch, options: NamedTuple) -> dict[str, object]:
     images, captions = batch[:2]
-    if captions is None:
-        raise ValueError("scores are those of one process; with group pass images and captions")
-    sizes = batch.pair_count, images.shape[0], captions.shape[0]
     return {
-        **dict(zip(SIZES, sizes, strict=True)),
+        **dict(zip(SIZES, _sizes(batch), strict=True)),
         "D": images.shape[1],
         "the dtype": images.dtype,
         "the similarity": batch.similarity,
@@ -81,6 +82,12 @@ def _described(batch: Batch, options: NamedTuple) -> dict[str, object]:
         # The value of a tensor is not looked at: a GPU would have to be waited for.
         **{k: "a tensor" if isinstance(x, Tensor) else x for k, x in options._asdict().items()},
     }
+
+
+def _sizes(batch: Batch) -> tuple[int, int, int]:
+    if batch.captions is None:
+        raise ValueError("scores are those of one process; with group pass images and captions")
+    return batch.pair_count, batch.images.shape[0], batch.captions.shape[0]
 
 
 def _number(name: str, value: object) -> int:

@@ -146,10 +146,9 @@ class _OverRanks(torch.autograd.Function):
         vectors = *merged, d
         of_pairs = [exchange.of_pairs(x[k:]) for x in vectors]
         needs = ctx.needs_input_grad[4:6]
-        d_images, d_captions = (
-            torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in own[:2]
-        )
-        d_scale, waits = 0, []
+        dtype = accumulation_dtype(own.images.dtype)
+        d_images, d_captions = (torch.zeros_like(x, dtype=dtype) for x in own[:2])
+        d_scale, finish = 0, lambda: None
         calls = getattr(ctx, "calls", None) or exchange.calls(own, ctx.vectors)
         for chunk, batch, of_anchors in calls:
             one, other, d = (
@@ -165,11 +164,12 @@ class _OverRanks(torch.autograd.Function):
             if needs[0]:
                 d_images += to_images
             if needs[1]:
-                waits.append(exchange.reduce(chunk, to_captions, d_captions))
+                started = exchange.reduce(chunk, to_captions, d_captions)
+                finish()  # of the chunk before, whose memory is free then
+                finish = started
             if to_scale is not None:
                 d_scale = d_scale + to_scale
-        for wait in waits:
-            wait()
+        finish()
         gradients = first_order_only(
             d_images.to(own.images.dtype), d_captions.to(own.captions.dtype), d_scale,
             needed=(*needs, ctx.needs_input_grad[3]),

@@ -10,7 +10,6 @@ import numbers
 from torch import Tensor, distributed, nn
 
 from ..arguments import check_temperature, describe
-from ..distributed import gather_rows
 from ..losses import all_negatives_loss
 from ..ops import accumulation_dtype
 from ._checks import check_pairs
@@ -24,10 +23,9 @@ except ImportError:
 class ClipLoss(_Original):
     """Stand-in for `open_clip.ClipLoss`, whose arguments it has.
 
-    On several ranks each one scores its own B anchors of each side against all W·B embeddings,
-    whatever `local_loss` and `gather_with_grad` say; after the averaging of DDP the gradient is that
-    of one process with the whole batch. With `local_loss` the value is the mean over the own anchors,
-    else the mean over all.
+    On several ranks it is `all_negatives_loss` with `group=`, whatever `local_loss` and
+    `gather_with_grad` say: value, and gradient after the averaging of DDP, are those of one process
+    with the whole batch; each score is computed once, and only the texts travel.
     """
 
     def __init__(
@@ -72,31 +70,21 @@ class ClipLoss(_Original):
                 f"logit_bias must be a tensor, a float or None, got {describe(logit_bias)}"
             )
         check_pairs(image_features=image_features, text_features=text_features)
-        own = image_features.shape[0]
         logit_scale = check_temperature(logit_scale, image_features.device, "logit_scale")
         if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
             logit_scale = logit_scale.to(accumulation_dtype(logit_scale.dtype))
-        if self.world_size > 1:
-            if not distributed.is_initialized():
-                raise RuntimeError(
-                    f"world_size is {self.world_size}, but there is no process group to gather from;"
-                    " call torch.distributed.init_process_group first"
-                )
-            image_features, text_features = gather_rows(image_features), gather_rows(text_features)
+        if self.world_size > 1 and not distributed.is_initialized():
+            raise RuntimeError(
+                f"world_size is {self.world_size}, but there is no process group to gather from;"
+                " call torch.distributed.init_process_group first"
+            )
         loss = all_negatives_loss(
             image_features,
             text_features,
             temperature=1 / logit_scale,
-            num_pairs=own,
             direction_weights=(0.5, 0.5),
+            group=distributed.group.WORLD if self.world_size > 1 else None,
         )
-        if self.world_size > 1 and not self.local_loss:
-            loss = loss + (self._mean_over_ranks(loss) - loss.detach())
         if logit_bias is not None:
             loss = loss + 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _mean_over_ranks(self, loss: Tensor) -> Tensor:
-        total = loss.detach().clone()
-        distributed.all_reduce(total)
-        return total / self.world_size

@@ -5,11 +5,11 @@ import inspect
 import torch
 from torch import Tensor, distributed
 
-from ..arguments import check_batch, check_temperature
-from ..statistics import logsumexp_statistic
+from ..arguments import check_temperature
+from ..statistics import checked, logsumexp_statistic
 
 try:
-    from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score
+    from sentence_transformers.util import cos_sim, dot_score
 
     try:
         from sentence_transformers.sentence_transformer import losses
@@ -43,8 +43,6 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
                 f"embeddings must hold a positive for each of the {own} queries, got"
                 f" {embeddings[1].shape[0]} rows in column 1"
             )
-        if self.gather_across_devices:
-            embeddings = [_own_first(column, own) for column in embeddings]
         queries, documents = embeddings[0], torch.cat(embeddings[1:])
         columns = len(embeddings) - 1
 
@@ -62,7 +60,9 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
                 pairs, self._statistic(queries, queries, own), 0
             )
         if "doc_to_doc" in self.directions:
-            query = torch.arange(queries.shape[0], device=queries.device)
+            query = torch.arange(own, device=queries.device)
+            if group := self._group():  # of all ranks
+                query = query * group.size() + group.rank()
             ids = query, query.repeat(columns)
             logits["doc_to_doc"] = self._relative(
                 pairs, self._statistic(embeddings[1], documents, own, *ids), 0
@@ -71,6 +71,11 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         terms = torch.stack([logits[direction] for direction in self.directions])
         normalizer = terms.logsumexp(0) if self.partition_mode == "joint" else terms.mean(0)
         return normalizer.mean().to(pairs.dtype)
+
+    def _group(self) -> "distributed.ProcessGroup | None":
+        """The ranks that share a batch."""
+        shared = self.gather_across_devices and distributed.is_initialized()
+        return distributed.group.WORLD if shared else None
 
     def _statistic(
         self,
@@ -81,17 +86,12 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         column_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         normalize = self.similarity_fct is cos_sim
-        batch = check_batch(rows, columns, None, row_ids, column_ids, own, "dot", normalize)
-        scale = check_temperature(self.scale, torch.device("cpu"), "scale")
-        return logsumexp_statistic(batch, float(scale), "auto")
+        inputs = rows, columns, None, row_ids, column_ids, own, "dot", normalize
+        scale = float(check_temperature(self.scale, torch.device("cpu"), "scale"))
+        batch, _, peers = checked(inputs, 1 / scale, self._group())
+        return logsumexp_statistic(batch, scale, "auto", peers)
 
     def _relative(self, pairs: Tensor, statistic: tuple, direction: int) -> Tensor:
         """log Σ exp(scale (s - p)) over the negatives [K], with p of `pairs`."""
         _, reference, log_sum = (x if x.dim() == 1 else x[direction] for x in statistic)
         return self.scale * (reference - pairs) + log_sum
-
-
-def _own_first(column: Tensor, own: int) -> Tensor:
-    """[B, D] to [W B, D], through which every rank's gradient comes back."""
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    return all_gather_with_grad(column).roll(-rank * own, 0)

@@ -36,25 +36,28 @@ class Kernel(NamedTuple):
     stack: int
     spills: int
     sass: str
+    ptx: str
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> dict[str, Kernel]:
-    cubin = tmp_path_factory.mktemp("hopper") / "hopper.cubin"
+    binary = tmp_path_factory.mktemp("hopper") / "hopper.fatbin"
     includes = cpp_extension.include_paths("cuda")
     command = [
-        NVCC, "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-std=c++17", "-Xptxas=-v",
-        "-Werror=all-warnings", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
-        *(f"-isystem={path}" for path in includes), SOURCE, "-o", cubin,
+        NVCC, "-fatbin", "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]", "-O3", "-std=c++17",
+        "-Xptxas=-v", "-Werror=all-warnings", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+        *(f"-isystem={path}" for path in includes), SOURCE, "-o", binary,
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     log = result.stdout + result.stderr
     # ptxas says so if it has to wait between products, or ignores setmaxnreg.
     assert "serialized" not in log and "setmaxnreg" not in log, log
-    sass = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True)
-    bodies = re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", sass.stdout, re.DOTALL)
-    code = dict(bodies)
+    sass = dict(
+        re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", dumped(binary, "-sass"), re.DOTALL)
+    )
+    entry = r"\.entry (\w+)\((.*?)(?=\.entry |\Z)"
+    ptx = dict(re.findall(entry, dumped(binary, "-ptx"), re.DOTALL))
     found = {}
     report = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores,"
@@ -63,8 +66,15 @@ def kernels(tmp_path_factory) -> dict[str, Kernel]:
         re.DOTALL,
     )
     for name, stack, stores, loads, registers in report:
-        found[name] = Kernel(int(registers), int(stack), int(stores) + int(loads), code[name])
+        spills = int(stores) + int(loads)
+        found[name] = Kernel(int(registers), int(stack), spills, sass[name], ptx[name])
     return found
+
+
+def dumped(binary: Path, what: str) -> str:
+    return subprocess.run(
+        [CUOBJDUMP, what, binary], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def find(kernels: dict[str, Kernel], *parts: str) -> Kernel:
@@ -75,7 +85,7 @@ def find(kernels: dict[str, Kernel], *parts: str) -> Kernel:
 def test_no_kernel_spills_or_has_a_stack(kernels):
     assert len(kernels) == len(PASSES) + 6
     for name, kernel in kernels.items():
-        assert (kernel.stack, kernel.spills) == (0, 0), (name, kernel._replace(sass=""))
+        assert (kernel.stack, kernel.spills) == (0, 0), (name, kernel._replace(sass="", ptx=""))
         assert "STL" not in kernel.sass and "LDL" not in kernel.sass, name
 
 
@@ -113,6 +123,35 @@ def test_hardest_stores_by_integer_atomics_and_sums_by_none(kernels):
             assert atomics and all("MAX" in x and "64" in x for x in atomics), atomics
         else:
             assert not atomics, atomics
+
+
+MBARRIER_FENCE = "fence.mbarrier_init.release.cluster;"
+
+
+def missing_fences(ptx: str) -> list[str]:
+    """Where the memory model needs a fence and there is none. (What wgmma reads, the copy engine alone has
+    written: that needs no fence.proxy.async.)"""
+    missing = []
+    # The other block and the copy engine see the initialised barriers only after it.
+    initialised, cluster = ptx.rindex("mbarrier.init."), ptx.index("barrier.cluster.arrive")
+    if MBARRIER_FENCE not in ptx[initialised:cluster]:
+        missing.append(MBARRIER_FENCE)
+    # Other instructions write the accumulators, too; they may stand in any other basic block.
+    blocks = re.split(r"^\$?\w+:$|^.*\bbra\b.*$", ptx, flags=re.MULTILINE)
+    products = [block for block in blocks if "wgmma.mma_async" in block]
+    assert products
+    return missing + [x for x in products if "wgmma.fence" not in x.partition("wgmma.mma_async")[0]]
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_fences_are_where_the_memory_model_needs_them(which, kernels):
+    """No emulator shows a missing one: where it runs, all memory is one."""
+    ptx = find(kernels, "statistics_kernel", *which.split(", ")).ptx
+    assert not missing_fences(ptx)
+    assert missing_fences(ptx.replace(MBARRIER_FENCE, "")) == [MBARRIER_FENCE]
+    fences = [match.span() for match in re.finditer(r"wgmma\.fence\S*;", ptx)]
+    for begin, end in fences:
+        assert len(missing_fences(ptx[:begin] + ptx[end:])) == 1
 
 
 def test_shared_memory_fits():

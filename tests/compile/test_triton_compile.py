@@ -48,6 +48,7 @@ def compiled(request):
         yield results
 
 
+@pytest.mark.expensive(few=8)
 @pytest.mark.parametrize("batch", batches(), ids=str)
 def test_compiles_without_spills(batch, compiled):
     launches = noted(batch).launches

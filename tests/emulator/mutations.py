@@ -292,7 +292,7 @@ def found(bug: Bug, seeds: str) -> tuple[bool, str]:
     library = cuda_ops.built(bug.changes, architectures)
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=line", "-k", bug.tests,
-        "--emulated", "40", "--seeds", seeds, str(HERE / "test_cuda_backend.py"),
+        "--cases", "40", "--seeds", seeds, str(HERE / "test_cuda_backend.py"),
     ]  # fmt: skip
     environment = os.environ | {cuda_ops.LIBRARY_VARIABLE: str(library)}
     try:

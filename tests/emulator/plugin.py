@@ -1,13 +1,9 @@
-"""pytest: the `device` of a test, options of the emulator, and what of its tests is to run."""
+"""pytest: the `device` of a test, and the options of the emulator."""
 
 import itertools
-import zlib
-from collections import defaultdict
 
 import pytest
 import torch
-
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def pytest_addoption(parser):
@@ -20,20 +16,14 @@ def pytest_addoption(parser):
     group.addoption(
         "--races", action="store_true", help="the emulator looks for races in shared memory"
     )
-    group.addoption(
-        "--emulated",
-        metavar="N|all",
-        help="how many cases of each test run in the emulator, spread over all (default: 1, or what the"
-        " marker on_device says)",
-    )
 
 
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "on_device(backend, *machines, few=1): its fixture `device` is a GPU for the backend; where there"
-        " is none, in the emulator, each of the machines (compute capability, multiprocessors). `few`:"
-        " how many cases of the test run there without --emulated",
+        "on_device(backend, *machines, few=1): its fixture `device` is a GPU for the backend; where there is"
+        " none, in the emulator, each of the machines (compute capability, multiprocessors), where the test"
+        " is expensive",
     )
 
 
@@ -87,35 +77,11 @@ def device(request):
         yield request.param
 
 
-def pytest_collection_modifyitems(config, items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-    if config.getoption("--emulated") != "all":
-        _keep_few(config, items)
-
-
-def _keep_few(config, items) -> None:
-    """Of the emulated cases of each test only so many, spread evenly by the golden ratio from another first
-    one for each test."""
-    cases = defaultdict(list)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
     for item in items:
-        if _is_emulated(item):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    dropped = set()
-    for name, same in cases.items():
-        count = int(config.getoption("--emulated") or _marker(same[0]).kwargs.get("few", 1))
-        if count >= len(same):
-            continue
-        first = zlib.crc32(name.encode()) / 2**32
-        kept = {int(len(same) * ((first + i * GOLDEN_RATIO) % 1)) for i in range(count)}
-        dropped.update(item for i, item in enumerate(same) if i not in kept)
-    if dropped:
-        items[:] = [item for item in items if item not in dropped]
-        config.hook.pytest_deselected(items=list(dropped))
-
-
-def _is_emulated(item) -> bool:
-    device = getattr(item, "callspec", None) and item.callspec.params.get("device")
-    return device is not None and device.is_emulated
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        device = getattr(item, "callspec", None) and item.callspec.params.get("device")
+        if device is not None and device.is_emulated:
+            item.add_marker(pytest.mark.expensive(few=_marker(item).kwargs.get("few", 1)))

@@ -115,13 +115,13 @@ def test_hopper_statistics(device, loss, precision, shape, ids):
 
 def test_hopper_statistics_in_pieces(request):
     """With a workspace so small that S is taken in pieces: another library, in a process of its own."""
-    cases = request.config.getoption("--emulated")
+    cases = request.config.getoption("--cases")
     if (why := cuda_ops.why_not()) is not None or torch.cuda.is_available() or cases is None:
-        pytest.skip(why or "in the emulator with --emulated, since nvcc takes a while")
+        pytest.skip(why or "in the emulator with --cases, since nvcc takes a while")
     library = cuda_ops.built([cuda_ops.SMALL_WORKSPACE])
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "hopper and not pieces",
-        "--emulated", cases, "--seeds", request.config.getoption("--seeds"), __file__,
+        "--cases", cases, "--seeds", request.config.getoption("--seeds"), __file__,
     ]  # fmt: skip
     environment = os.environ | {cuda_ops.LIBRARY_VARIABLE: str(library)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,12 +1,25 @@
 """Runs each of the triton_interpreter_*.py in a process of its own: whether Triton interprets or compiles is
 decided when it is imported, and the other tests must not see an interpreted backend."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.parametrize("name", ["cases", "families", "ops"])
-def test_kernels_in_the_interpreter(name, interpreter_runs):
-    process, output = interpreter_runs[name]
-    assert process.wait(timeout=1200) == 0, output.read_text()[-20000:]
+def test_kernels_in_the_interpreter(name):
+    cases = Path(__file__).with_name(f"triton_interpreter_{name}.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", cases]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-20000:]

@@ -92,7 +92,8 @@ def pairs_objective(batch, d_positive):
 
 def check_gradients(batch, got, objective, tolerance, needs=(True, True, False)):
     want = oracle.gradients(batch, objective)
-    for g, w, x, need, wide in zip(got, want, batch[:2], needs[:2], (False, needs[2]), strict=True):
+    wide = needs[2] and batch.captions is not None
+    for g, w, x, need in zip(got, want, batch[:2], needs[:2], strict=True):
         if not need or x is None:
             assert g.numel() == 0
             continue
@@ -241,9 +242,9 @@ def test_other_dtypes_and_the_accumulation_type(source, with_ceiling, dtype, nee
     d_images, d_captions = OPS.hardest_negatives_backward(
         *batch, score, index, d_positive, g, *needs
     )
-    assert d_images.dtype == dtype
-    if batch.captions is not None and needs[1]:
-        assert d_captions.dtype == (torch.float32 if needs[2] else dtype)
+    wide = torch.float32 if needs[2] and batch.captions is not None else dtype
+    for gradient, need in zip((d_images, d_captions), needs[:2], strict=True):
+        assert gradient.dtype == wide or not need
 
 
 @each_source

@@ -205,7 +205,7 @@ def test_no_plateau(name):
 
 def test_plateau_warning_says_what_to_do(data, tmp_path, capsys, monkeypatch):
     # Not a function of its input: all similarities are equal.
-    def collapsed(self, batch):
+    def collapsed(self, batch, part=None):
         rows = self.caption_projection.bias.expand(len(batch), -1)
         return torch.nn.functional.normalize(rows, dim=1)
 

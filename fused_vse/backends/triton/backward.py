@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...ops import ORDER, Batch, accumulation_dtype, check
+from ...ops import ORDER, check, new_gradients
 from . import configs, hardest, hinge, logsumexp, order
 from .forward import positive_scores
 from .plan import Plan, plan, product, scale_of, terms_of, unit_stride
@@ -23,7 +23,7 @@ LARGEST_GRADIENT_EXPONENT = 15
 class Wanted(NamedTuple):
     images: bool
     captions: bool
-    accumulate: bool  # d_captions in the accumulation type
+    accumulate: bool  # in the accumulation type
 
 
 def hardest_negatives_backward(batch, score, index, d_positive, d_score, *wanted):
@@ -45,7 +45,7 @@ def hardest_negatives_backward(batch, score, index, d_positive, d_score, *wanted
         hardest.Side(images, images.stride(0), 0, row_anchors, batch.pair_row),
         hardest.Side(captions, captions.stride(0), row_anchors, column_anchors, batch.pair_column),
     )
-    results = _results(batch, wanted)
+    results = new_gradients(batch, *wanted)
     for number, result in enumerate(results):
         if not wanted[number]:
             continue
@@ -126,16 +126,6 @@ def _gain(walk: Plan, d_positive, upstream, factor: float | Tensor = 1.0) -> Ten
     return torch.stack([exponent, -exponent]).exp2()
 
 
-def _results(batch: Batch, wanted: Wanted) -> tuple[Tensor, Tensor]:
-    """Room for d_images and d_captions."""
-    images, captions = batch[:2]
-    d_images = images.new_empty(images.shape if wanted.images else 0)
-    if captions is None or not wanted.captions:
-        return d_images, images.new_empty(0)
-    dtype = accumulation_dtype(captions.dtype) if wanted.accumulate else captions.dtype
-    return d_images, captions.new_empty(captions.shape, dtype=dtype)
-
-
 def _gradients(
     statistic: ModuleType,
     walk: Plan,
@@ -182,7 +172,7 @@ def _gradients(
             )  # fmt: skip
             yield piece, gradient
 
-    d_images, d_captions = _results(walk.batch, wanted)
+    d_images, d_captions = new_gradients(walk.batch, *wanted)
     if not walk.given:
         _add_products(walk, each(), len(pieces), gain, d_images, d_captions)
         return d_images, d_captions, d_scale
