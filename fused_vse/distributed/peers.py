@@ -69,6 +69,14 @@ def agree(
     return Peers(group, group.rank(), *sizes), batch, options
 
 
+def check_on_all(group: distributed.ProcessGroup | None, check: Callable[[], object]) -> object:
+    """What `check` returned, before a loss over the group: its error is one of all ranks, as in `agree`."""
+    try:
+        return check()
+    except (TypeError, ValueError):
+        return agree(group, check)  # which raises it again: the other ranks wait in their loss
+
+
 def _described(batch: Batch, options: NamedTuple) -> dict[str, object]:
     images, captions = batch[:2]
     return {

@@ -10,6 +10,7 @@ import numbers
 from torch import Tensor, distributed, nn
 
 from ..arguments import check_temperature, describe
+from ..distributed.peers import check_on_all
 from ..losses import all_negatives_loss
 from ..ops import accumulation_dtype
 from ._checks import check_pairs
@@ -65,25 +66,30 @@ class ClipLoss(_Original):
             TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
             RuntimeError: several ranks, but no process group.
         """
-        if not isinstance(logit_bias, (Tensor, numbers.Real, type(None))):
-            raise TypeError(
-                f"logit_bias must be a tensor, a float or None, got {describe(logit_bias)}"
-            )
-        check_pairs(image_features=image_features, text_features=text_features)
-        logit_scale = check_temperature(logit_scale, image_features.device, "logit_scale")
-        if isinstance(logit_scale, Tensor):  # its reciprocal should not be rounded to 16 bits
-            logit_scale = logit_scale.to(accumulation_dtype(logit_scale.dtype))
         if self.world_size > 1 and not distributed.is_initialized():
             raise RuntimeError(
                 f"world_size is {self.world_size}, but there is no process group to gather from;"
                 " call torch.distributed.init_process_group first"
             )
+        group = distributed.group.WORLD if self.world_size > 1 else None
+
+        def check() -> Tensor | float:
+            if not isinstance(logit_bias, (Tensor, numbers.Real, type(None))):
+                raise TypeError(
+                    f"logit_bias must be a tensor, a float or None, got {describe(logit_bias)}"
+                )
+            check_pairs(image_features=image_features, text_features=text_features)
+            return check_temperature(logit_scale, image_features.device, "logit_scale")
+
+        scale = check_on_all(group, check)
+        if isinstance(scale, Tensor):  # its reciprocal should not be rounded to 16 bits
+            scale = scale.to(accumulation_dtype(scale.dtype))
         loss = all_negatives_loss(
             image_features,
             text_features,
-            temperature=1 / logit_scale,
+            temperature=1 / scale,
             direction_weights=(0.5, 0.5),
-            group=distributed.group.WORLD if self.world_size > 1 else None,
+            group=group,
         )
         if logit_bias is not None:
             loss = loss + 0 * (logit_bias.sum() if isinstance(logit_bias, Tensor) else logit_bias)

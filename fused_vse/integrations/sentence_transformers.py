@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..arguments import check_temperature
+from ..distributed.peers import check_on_all
 from ..statistics import checked, logsumexp_statistic
 
 try:
@@ -38,11 +39,15 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             return super().compute_loss_from_embeddings(embeddings, labels)
 
         own = embeddings[0].shape[0]
-        if embeddings[1].shape[0] < own:
-            raise ValueError(
-                f"embeddings must hold a positive for each of the {own} queries, got"
-                f" {embeddings[1].shape[0]} rows in column 1"
-            )
+
+        def check() -> None:
+            if embeddings[1].shape[0] < own:
+                raise ValueError(
+                    f"embeddings must hold a positive for each of the {own} queries, got"
+                    f" {embeddings[1].shape[0]} rows in column 1"
+                )
+
+        check_on_all(self._group(), check)
         queries, documents = embeddings[0], torch.cat(embeddings[1:])
         columns = len(embeddings) - 1
 

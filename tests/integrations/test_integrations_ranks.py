@@ -42,6 +42,16 @@ def _answer(loss, inputs) -> list:
     return [x.detach().numpy() for x in (value, *torch.autograd.grad(value, leaves))]
 
 
+def _check_mistake(rank: int, inputs: list) -> None:
+    """What one rank passes wrongly is an error of all."""
+    loss = clip_losses()["ours"](world_size=RANKS)
+    expected = (
+        (RuntimeError, "rank 1 of the group refused") if rank == 0 else (TypeError, "logit_bias")
+    )
+    with pytest.raises(expected[0], match=expected[1]):
+        loss(*inputs, logit_bias="wrong" if rank == 1 else None)
+
+
 def _rank(project: str, rank: int, port: int, result) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -55,6 +65,7 @@ def _rank(project: str, rank: int, port: int, result) -> None:
             for mode in MODES:
                 loss = make(*mode, rank=rank, world_size=RANKS)
                 answers[name, mode] = _answer(loss, inputs)
+        _check_mistake(rank, inputs)
     else:
         for name, make in ranking_losses().items():
             answers[name] = _answer(ranking(make, gather_across_devices=True), inputs)
