@@ -30,7 +30,7 @@ train: $(installed)
 # Threads that wait leave their processor to the other process.
 test: export OMP_WAIT_POLICY = passive
 test: $(installed)
-	$(python) -m pytest -n $(MAX_JOBS) --dist loadfile $(ARGS)
+	$(python) -m pytest -n $(MAX_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(installed)
 	$(python) -m benchmarks.cpu $(ARGS)

@@ -2,12 +2,11 @@
 
 import importlib.util
 import os
-import socket
 
 import pytest
 import torch
+from rank_processes import context, free_port
 from test_integrations import B, random_batch, run
-from torch import multiprocessing
 
 MODES = [(False, False), (True, False), (False, True), (True, True)]
 RANKS = 2
@@ -77,11 +76,7 @@ def on_two_ranks(project: str) -> dict:
     """What each rank computed, as a list of RANKS lists."""
     if not importlib.util.find_spec(PACKAGES[project]):
         pytest.skip(f"{PACKAGES[project]} is not installed: pip install '.[peers]'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    port, queue = free_port(), context.Queue()
     processes = [
         context.Process(target=_rank, args=(project, rank, port, queue)) for rank in range(RANKS)
     ]

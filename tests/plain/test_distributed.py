@@ -1,12 +1,11 @@
 """Two ranks that gather their rows have, on average, the value and the gradients of one process."""
 
 import os
-import socket
 import warnings
 
 import pytest
 import torch
-from torch import multiprocessing
+from rank_processes import context, free_port
 from torch.nn.functional import normalize
 
 from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
@@ -53,11 +52,7 @@ def _rank(rank: int, port: int, queue) -> None:
 
 @pytest.fixture(scope="module")
 def ranks():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    port, queue = free_port(), context.Queue()
     processes = [context.Process(target=_rank, args=(rank, port, queue)) for rank in range(RANKS)]
     for process in processes:
         process.start()

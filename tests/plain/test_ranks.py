@@ -1,31 +1,22 @@
 """Losses over the batch of all ranks, `group=`, in processes of their own that talk over gloo."""
 
 import re
-import socket
 
 import pytest
 import ranks_cases
-import torch
+from rank_processes import context, free_port
 
 import fused_vse
-
-spawn = torch.multiprocessing.get_context("spawn")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def on_ranks(size: int, job, *arguments, timeout: float = 300, lost: tuple[int, ...] = ()) -> list:
     """What job(rank, size, *arguments) returned on every rank, or on those not `lost`; fails with a
     rank's traceback."""
-    with spawn.Manager() as manager:
+    with context.Manager() as manager:
         results = manager.dict()
         port = free_port()
         processes = [
-            spawn.Process(target=ranks_cases.run, args=(r, size, port, job, arguments, results))
+            context.Process(target=ranks_cases.run, args=(r, size, port, job, arguments, results))
             for r in range(size)
         ]
         for process in processes:
