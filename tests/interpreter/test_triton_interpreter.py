@@ -12,9 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.parametrize("name", ["cases", "families", "ops"])
-def test_kernels_in_the_interpreter(name):
+def test_kernels_in_the_interpreter(name, request):
     cases = Path(__file__).with_name(f"triton_interpreter_{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", cases]
+    if (wanted := request.config.getoption("--cases")) is not None:
+        command += ["--cases", wanted]
     done = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -88,11 +88,13 @@ def check_accuracy(loss, case, dtype, **options):
         assert error(got, want) <= 3 * error(eager, want) + smallest, (case, dtype)
 
 
+@pytest.mark.expensive(few=12)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 def test_accuracy(number, case, loss):
     check_accuracy(loss, case, DTYPES[number % 4])
 
 
+@pytest.mark.expensive(few=8)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 @pytest.mark.parametrize("kind", ["hardest", "hinge_sum"])
 def test_integer_embeddings_are_exact(number, case, kind):

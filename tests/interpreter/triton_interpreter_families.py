@@ -71,11 +71,13 @@ def check_accuracy(loss, kind, case, dtype):
         assert error(got, want) <= 3 * error(eager, want) + SMALLEST[got.dtype], (case, dtype)
 
 
+@pytest.mark.expensive(few=12)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 def test_accuracy(number, case, kind, loss):
     check_accuracy(loss, kind, case, DTYPES[number % 4])
 
 
+@pytest.mark.expensive(few=6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rectangles_of_one_tile_row(loss, kind, dtype, monkeypatch):
     """The smallest workspace, and nothing kept for the backward pass."""
@@ -85,6 +87,7 @@ def test_rectangles_of_one_tile_row(loss, kind, dtype, monkeypatch):
     check_accuracy(loss, kind, EXTRAS, dtype)
 
 
+@pytest.mark.expensive(few=8)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 def test_ties_go_to_the_smallest_index(number, case, kind):
     """Integers: sums, and with them ties, are exact."""
@@ -100,6 +103,7 @@ def test_ties_go_to_the_smallest_index(number, case, kind):
         assert torch.equal(a == -torch.inf, b == -torch.inf)
 
 
+@pytest.mark.expensive(few=6)
 @pytest.mark.parametrize(
     ("kind", "view"),
     [*(("scores", view) for view in ("transposed", "strided", "offset", "expanded")),

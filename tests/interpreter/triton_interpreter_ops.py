@@ -3,7 +3,6 @@ like triton_interpreter_cases.py."""
 
 import os
 import sys
-import zlib
 from pathlib import Path
 
 os.environ["FUSED_VSE_TEST_OPS"] = "triton"
@@ -13,20 +12,12 @@ import interpreted  # noqa: F401
 import pytest
 from test_ops import *  # noqa: F403
 
-# All cases of these take an hour; FUSED_VSE_EVERY=1 runs them.
-EVERY = int(os.environ.get("FUSED_VSE_EVERY", "12"))
-MANY = {
+for name in (  # all cases of these take an hour
     "test_hardest_negatives",
     "test_hinge_sum",
     "test_negative_logsumexp",
     "test_other_dtypes_and_the_accumulation_type",
     "test_poison",
     "test_ties_go_to_the_smallest_index",
-}
-
-
-@pytest.fixture(autouse=True)
-def one_of_so_many(request):
-    name = request.node.name
-    if request.node.originalname in MANY and zlib.crc32(name.encode()) % EVERY:
-        pytest.skip(f"the interpreter is slow: one case of {EVERY}")
+):
+    globals()[name] = pytest.mark.expensive(few=8)(globals()[name])
