@@ -19,6 +19,7 @@ FLAGS = (*TINY, "--loss", "hardest_negative", "--seed", "3")  # the second epoch
 SUICIDE = """
 import os, signal, sys, torch
 import train_reference
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 number, seconds, owner, name, calls, *argv = sys.argv[1:]
 train_reference.CHECKPOINT_SECONDS = float(seconds)
 owner = {"os": os, "Adam": torch.optim.Adam}[owner]
