@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
     num_stages: int
     programs_per_sm: int
     group: int = 8
-    # How often a gradient's tile is halved before its entries are computed: what
+    # How often a gradient's tile is halved before its entries are computed, in float64 once more: what
     # tests/compile/test_triton_compile.py needs to see no spills.
     halvings: int = 2
     tma: bool = False  # the bulk copy engine of sm_90 loads the operands
@@ -60,10 +60,10 @@ MEDIUM_TF32 = Tiles(64, 64, 32, num_warps=4, num_stages=4, programs_per_sm=2, pr
 SMALL_TF32 = Tiles(32, 32, 64, num_warps=4, num_stages=3, programs_per_sm=2, precision="tf32")
 
 # Scores read from memory: as wide as coalescing likes, small enough for float64 in registers.
-STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=3)
+STORED = Tiles(32, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
 # Scores that are given, in bulk: 32 a thread, so that 16 KiB of bfloat16 are under way on a multiprocessor,
 # and that their magnitudes fit into registers next to them.
-GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=2)
+GIVEN = Tiles(64, 64, 16, num_warps=4, num_stages=1, programs_per_sm=2)
 # The gradient of given scores where it is sparse: written once, 512 bytes of bfloat16 to a row.
 SPARSE = Tiles(16, 256, 16, num_warps=4, num_stages=1, programs_per_sm=2, halvings=0)
 # Order similarity: three instructions a difference. With fewer rows or columns than threads Triton loads

@@ -163,8 +163,9 @@ def gradient_kernel(
         row_tile, column_tile = tile_position(number, row_tiles, column_tiles, TILES.group)
         tile = Tile(piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece)
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
+        HALVINGS: tl.constexpr = TILES.halvings + (acc.dtype == tl.float64)
         share = gradient_tile(
-            acc, tile, ids, terms, target, constants, WEIGHTS, ORDER, d_scale is not None, TILES.halvings
+            acc, tile, ids, terms, target, constants, WEIGHTS, ORDER, d_scale is not None, HALVINGS
         )  # fmt: skip
         if d_scale is not None:
             tl.store(d_scale + number, share * nan_or_one)
