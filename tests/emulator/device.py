@@ -84,9 +84,9 @@ def gpu() -> Device | None:
 
 def why_not(backend: str) -> str | None:
     """Why the backend cannot be emulated here."""
-    if backend == "cuda":
-        return cuda_ops.why_not()
-    return build.why_not() or (None if importlib.util.find_spec("triton") else "no Triton")
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton"  # whose kernels are most backward passes of the CUDA backend, too
+    return cuda_ops.why_not() if backend == "cuda" else build.why_not()
 
 
 def emulated(backend: str, device: Device) -> contextlib.AbstractContextManager:

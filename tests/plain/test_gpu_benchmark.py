@@ -1,5 +1,6 @@
 """The logic of benchmarks.gpu without a GPU: cases, budget, report. The measurements need one."""
 
+import gc
 import json
 import os
 import signal
@@ -78,6 +79,7 @@ def raising(error):
 def fresh(monkeypatch):
     monkeypatch.setattr(Host, "erred", False)
     monkeypatch.setattr(gpu.measure, "MOST", gpu.measure.LEAST)  # quick
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # seconds among the objects of all tests
 
 
 def test_a_contender_that_fails_leaves_the_others(tmp_path, monkeypatch):

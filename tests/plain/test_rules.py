@@ -267,6 +267,7 @@ def test_never_less_accurate_than_eager(name, dtype, tau, seed, loss_backend):
         assert our_error <= 1.5 * their_error + eps * e.norm(), (what, our_error, their_error)
 
 
+@pytest.mark.expensive(few=6)
 def test_compiles_without_graph_breaks(loss, loss_backend):
     torch.compiler.reset()  # every case of this test is a new version of the same code
 
@@ -283,6 +284,7 @@ def test_compiles_without_graph_breaks(loss, loss_backend):
         assert_close(a, b, 1e-6)
 
 
+@pytest.mark.expensive(few=6)
 def test_compiles_with_a_tensor_given_twice(loss, loss_backend):
     """The ids of both sides, and embeddings compared with themselves."""
     torch.compiler.reset()
@@ -299,6 +301,7 @@ def test_compiles_with_a_tensor_given_twice(loss, loss_backend):
         assert_close(a, b, 1e-6)
 
 
+@pytest.mark.expensive(few=6)
 @pytest.mark.parametrize("smallest", [40, 600])  # whole losses as one op, and composed ones
 def test_compiles_once_for_batches_of_changing_sizes(smallest, loss, backend):
     """A queue that fills up: the first size, and from the second on one graph for all."""
@@ -331,6 +334,7 @@ def test_temperature_gradient_of_low_scores(columns, dtype, loss_backend):
     assert (gradients[0] - gradients[1]).abs() <= rounding
 
 
+@pytest.mark.expensive(few=6)
 def test_compiles_with_temperature_and_margin_that_change(loss, loss_backend):
     """From the second value on, torch.compile makes a float an input of the graph."""
     torch.compiler.reset()

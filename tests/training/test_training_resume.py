@@ -108,6 +108,7 @@ KILLS = {
 }
 
 
+@pytest.mark.expensive(few=4)
 @pytest.mark.parametrize("kill", KILLS)
 def test_sigkill_and_resume(kill, data, unbroken, tmp_path):
     run = tmp_path / "run"

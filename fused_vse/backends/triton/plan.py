@@ -53,9 +53,8 @@ class Plan(NamedTuple):
     """A batch as the kernels take it, and how they get the scores of a tile."""
 
     batch: Batch  # embeddings with unit inner stride, ids contiguous, nothing that requires grad
-    operands: tuple[
-        Tensor, Tensor
-    ]  # the embeddings as tiles take them: `dot_operand`, `order_operand`
+    # The embeddings as tiles take them: `dot_operand`, `order_operand`.
+    operands: tuple[Tensor, Tensor]
     tiles: configs.Tiles
     source: str  # see tiles.score_tile
 
