@@ -22,7 +22,7 @@ export MAX_JOBS
 python := $(VENV)/bin/python
 installed := $(VENV)/fused_vse.installed
 native_sources := $(shell find csrc -type f)
-formatted := $(native_sources) $(wildcard tests/mirrors/*.cpp tests/mirrors/*.h tests/emulator/*/*.cpp tests/emulator/*/*.h)
+formatted := $(native_sources) $(wildcard tests/*/*.cpp tests/emulator/*/*.cpp tests/emulator/*/*.h)
 
 train: $(installed)
 	$(python) train_reference.py $(ARGS)

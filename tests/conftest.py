@@ -6,7 +6,7 @@ import torch
 from cases import embeddings, ids_of
 
 import fused_vse
-from fused_vse.backends import cpu, cuda
+from fused_vse.backends import cpu
 
 pytest_plugins = ["emulator.plugin", "few_cases"]
 
@@ -45,23 +45,6 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="session")
-def emulated_ops():
-    """The small-batch ops of the cuda backend for CPU tensors."""
-    import cuda_emulation  # only there for the tests beside it
-
-    ops = cuda_emulation.register()
-    yield
-    ops._destroy()
-
-
-@pytest.fixture
-def on_cpu(emulated_ops, monkeypatch):
-    """backend="cuda" takes CPU tensors."""
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
 
 
 def on_gpu(case, dtype=torch.bfloat16, seed=0, make=embeddings):

@@ -28,7 +28,7 @@
 #pragma once
 
 #include "hopper_ptx.cuh"
-#include "hopper_statistics.h"
+#include "hopper_statistics.cuh"
 
 // wgmma and setmaxnreg exist for sm_90a only; compiled for anything else the kernel is empty and never run.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -65,12 +65,12 @@ constexpr int EPILOGUE_BARRIER = 3;  // + consumer
 
 #ifdef FUSED_VSE_SM90A
 
-__device__ __forceinline__ int clusters() { return gridDim.x / CLUSTER; }
-__device__ __forceinline__ int first_tile() { return blockIdx.x / CLUSTER; }
+DEVICE int clusters() { return gridDim.x / CLUSTER; }
+DEVICE int first_tile() { return blockIdx.x / CLUSTER; }
 
 template <typename Shared>
-__device__ __forceinline__ void produce(const CUtensorMap* images, const CUtensorMap* captions,
-                                        Shared& shared, const Walk& walk, int rank) {
+DEVICE void produce(const CUtensorMap* images, const CUtensorMap* captions, Shared& shared, const Walk& walk,
+                    int rank) {
   ptx::prefetch(images);
   ptx::prefetch(captions);
   RingPosition position;
@@ -94,8 +94,8 @@ __device__ __forceinline__ void produce(const CUtensorMap* images, const CUtenso
 
 // acc = I[rows of the tile] T[columns of the tile]^t. `position` is that of the tile's first stage.
 template <typename Element, typename Shared>
-__device__ __forceinline__ void multiply(Fragment& acc, Shared& shared, RingPosition position,
-                                         int depth_steps, bool another_turn, int other) {
+DEVICE void multiply(Fragment& acc, Shared& shared, RingPosition position, int depth_steps, bool another_turn,
+                     int other) {
   const int lane = ptx::thread_number() % 32;
   int previous = -1;
   // One arrival a warp and block, by lanes 0 and 1: `empty` counts the warps of both blocks.
@@ -130,7 +130,7 @@ __device__ __forceinline__ void multiply(Fragment& acc, Shared& shared, RingPosi
 }
 
 template <typename Item>
-__device__ __forceinline__ Item exchange(Item item, int lane_mask) {
+DEVICE Item exchange(Item item, int lane_mask) {
   constexpr int WORDS = sizeof(Item) / 4;
   uint32_t words[WORDS];
   memcpy(words, &item, sizeof item);
@@ -142,7 +142,7 @@ __device__ __forceinline__ Item exchange(Item item, int lane_mask) {
 
 // See swap_halves.
 template <int STRIDE, int COUNT, typename Statistic, typename Item>
-__device__ __forceinline__ void swap_reduce(const Statistic& statistic, Item* items, int lane) {
+DEVICE void swap_reduce(const Statistic& statistic, Item* items, int lane) {
   if constexpr (COUNT > 1) {
     constexpr int HALF = COUNT / 2, BIT = STRIDE * HALF;
     Item outgoing[HALF];
@@ -156,8 +156,8 @@ __device__ __forceinline__ void swap_reduce(const Statistic& statistic, Item* it
 // Reduces the tile in `acc` and hands the items of anchors to `sink`. The exchange in shared memory is free
 // again when this warpgroup passes its next turn barrier, which all its threads have to reach.
 template <typename Statistic, typename Sink>
-__device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic, const Sink& sink,
-                                       const Walk& walk, Tile tile, void* exchange_memory, int barrier) {
+DEVICE void reduce(Fragment& acc, const Statistic& statistic, const Sink& sink, const Walk& walk, Tile tile,
+                   void* exchange_memory, int barrier) {
   using Item = typename Statistic::Item;
   static_assert(sizeof(Item) <= MAX_ITEM_BYTES);
   auto* exchanged = static_cast<Item(*)[TILE_COLS]>(exchange_memory);
@@ -197,8 +197,7 @@ __device__ __forceinline__ void reduce(Fragment& acc, const Statistic& statistic
 }
 
 template <typename Element, typename Problem, typename Shared>
-__device__ __forceinline__ void consume(Shared& shared, const Walk& walk, const Problem& problem, int rank,
-                                        int consumer) {
+DEVICE void consume(Shared& shared, const Walk& walk, const Problem& problem, int rank, int consumer) {
   const int tiles = walk.raster.cluster_tiles;
   RingPosition position;
   position.advance(consumer * walk.depth_steps);

@@ -4,7 +4,7 @@
 //   reduce_with(p, f)    calls f(statistic, sink) with what suits the input
 #pragma once
 
-#include "hopper_statistics.h"
+#include "hopper_statistics.cuh"
 
 namespace fused_vse::hopper {
 
@@ -13,14 +13,14 @@ struct HardestProblem {
   int64_t row_anchors;
 
   // Not worth reading the best key first: this is one instruction for 32 anchors that nobody waits for.
-  __device__ __forceinline__ void store_row(Tile, int row, uint64_t key) const { atomicMax(best + row, key); }
-  __device__ __forceinline__ void store_column(Tile, int column, uint64_t key) const {
+  DEVICE void store_row(Tile, int row, uint64_t key) const { atomicMax(best + row, key); }
+  DEVICE void store_column(Tile, int column, uint64_t key) const {
     atomicMax(best + row_anchors + column, key);
   }
   struct Prepared {};
-  __device__ __forceinline__ Prepared prepare() const { return {}; }
+  DEVICE Prepared prepare() const { return {}; }
   template <typename F>
-  __device__ __forceinline__ void reduce_with(Prepared, const F& f) const {
+  DEVICE void reduce_with(Prepared, const F& f) const {
     f(Hardest{}, *this);
   }
 };
@@ -34,13 +34,13 @@ struct LogsumexpProblem {
   Exponent* used;  // for the merge, which must not come to another decision
 
   using Prepared = Exponent;
-  __device__ __forceinline__ Exponent prepare() const {
+  DEVICE Exponent prepare() const {
     const Exponent exponent = Exponent::make(scale_tensor ? *scale_tensor : scale, *bounds, anchors);
     if (blockIdx.x == 0) *used = exponent;
     return exponent;
   }
   template <typename F>
-  __device__ __forceinline__ void reduce_with(const Exponent& exponent, const F& f) const {
+  DEVICE void reduce_with(const Exponent& exponent, const F& f) const {
     if (exponent.one)
       f(LogsumexpOneExp{exponent}, partials);
     else
@@ -53,9 +53,9 @@ struct HingeProblem {
   Hinge hinge;
 
   struct Prepared {};
-  __device__ __forceinline__ Prepared prepare() const { return {}; }
+  DEVICE Prepared prepare() const { return {}; }
   template <typename F>
-  __device__ __forceinline__ void reduce_with(Prepared, const F& f) const {
+  DEVICE void reduce_with(Prepared, const F& f) const {
     f(hinge, partials);
   }
 };

@@ -9,14 +9,16 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "host_device.h"
+
 namespace fused_vse::hopper::ptx {
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
 // threadIdx.x, read where it is asked for: the compiler keeps no copy of it, nor of what derives from it.
-__device__ __forceinline__ int thread_number() {
+DEVICE int thread_number() {
   int number;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
   return number;
@@ -24,14 +26,12 @@ __device__ __forceinline__ int thread_number() {
 
 // --- mbarrier: a phase ends when all arrivals and all announced bytes are there
 
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
+DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 // Makes the initialised barriers visible to the copy engine and to the other block of the cluster.
-__device__ __forceinline__ void fence_mbarrier_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint64_t* barrier, uint32_t bytes) {
+DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void mbarrier_arrive_expect_bytes(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
@@ -39,7 +39,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect_bytes(uint64_t* barrier, 
 // On the barrier at the same place in block `rank` of the cluster. It orders no memory between the blocks:
 // what the other one may overwrite after it has been read by wgmma, and that is over. Scope .cluster would
 // add a MEMBAR.ALL.GPU to every step.
-__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+DEVICE void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -48,7 +48,7 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t r
       : "memory");
 }
 // Until the phase of this parity is over. A new barrier counts as being past phase 1.
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "WAIT:\n"
@@ -62,13 +62,13 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 
 // --- thread block clusters
 
-__device__ __forceinline__ uint32_t cluster_rank() {
+DEVICE uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 // Of all threads of all blocks. Not .aligned: the producer's lanes come at different times.
-__device__ __forceinline__ void cluster_sync() {
+DEVICE void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
@@ -77,31 +77,30 @@ __device__ __forceinline__ void cluster_sync() {
 
 // --- named barriers: `threads` counts those that sync and those that arrive
 
-__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+DEVICE void barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+DEVICE void barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // --- registers, moved from the producers to the consumers
 
 template <int COUNT>
-__device__ __forceinline__ void registers_give() {
+DEVICE void registers_give() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 template <int COUNT>
-__device__ __forceinline__ void registers_take() {
+DEVICE void registers_take() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // --- copy engine (TMA): a box of a tensor map at (column, row) into shared memory, zeros outside
 
-__device__ __forceinline__ void prefetch(const CUtensorMap* map) {
+DEVICE void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-__device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int column, int row,
-                                         uint64_t* barrier) {
+DEVICE void copy_box(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)),
@@ -109,8 +108,8 @@ __device__ __forceinline__ void copy_box(void* to, const CUtensorMap* map, int c
       : "memory");
 }
 // To the same place in every block of `blocks` (one bit each), counted by the barrier of each.
-__device__ __forceinline__ void copy_box_to(void* to, const CUtensorMap* map, int column, int row,
-                                            uint64_t* barrier, uint16_t blocks) {
+DEVICE void copy_box_to(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier,
+                        uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
@@ -122,22 +121,20 @@ __device__ __forceinline__ void copy_box_to(void* to, const CUtensorMap* map, in
 
 // An operand in shared memory, rows of 128 bytes (64 elements along D), 8 of which are one 1024-byte pattern
 // of the 128-byte swizzle: bits 0-13 address / 16, 32-45 distance of the patterns / 16, 62-63 the swizzle.
-__device__ __forceinline__ uint64_t operand(const void* rows) {
+DEVICE uint64_t operand(const void* rows) {
   constexpr uint64_t PATTERN = uint64_t{1024 / 16} << 32, IGNORED = uint64_t{1} << 16;
   constexpr uint64_t SWIZZLE_128 = uint64_t{1} << 62;
   return SWIZZLE_128 | PATTERN | IGNORED | (shared_address(rows) & 0x3ffff) >> 4;
 }
 // The operand so many bytes further.
-__device__ __forceinline__ uint64_t operand_at(uint64_t operand, int bytes) { return operand + bytes / 16; }
+DEVICE uint64_t operand_at(uint64_t operand, int bytes) { return operand + bytes / 16; }
 
 // Before the first wgmma that uses registers which other instructions have written.
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most PENDING of the committed groups are still running.
 template <int PENDING>
-__device__ __forceinline__ void wgmma_wait() {
+DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
@@ -162,7 +159,7 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // d = a b^t, or d += a b^t if `accumulate`: 64 rows of a, 192 rows of b, 16 elements along D.
 template <typename Element>
-__device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
+DEVICE void wgmma(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>)
     FUSED_VSE_WGMMA("bf16");
   else
@@ -170,7 +167,7 @@ __device__ __forceinline__ void wgmma(float (&d)[96], uint64_t a, uint64_t b, in
 }
 // After wgmma_wait: the compiler does not know that the sums were not there before, and could read them
 // early.
-__device__ __forceinline__ void wgmma_results(float (&d)[96]) {
+DEVICE void wgmma_results(float (&d)[96]) {
   asm volatile("" : FUSED_VSE_32(0), FUSED_VSE_32(32), FUSED_VSE_32(64)::"memory");
 }
 #undef FUSED_VSE_WGMMA

@@ -16,18 +16,18 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "hopper_statistics.h"
+#include "hopper_statistics.cuh"
 
 namespace fused_vse::hopper {
 
 constexpr int ROW_THREADS = 256;
 
 // PyTorch's build tools switch the implicit conversions off.
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+DEVICE float to_float(__half x) { return __half2float(x); }
 
 // NaN and infinity compare above everything that is finite.
-__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+DEVICE uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
 // One side's embeddings. Rows begin on 16-byte boundaries and D is a multiple of 8 (hopper_plan.h).
 template <typename Element>
@@ -113,7 +113,7 @@ struct Merge {
   Partials partials;
   bool first;  // of the rectangles
 
-  __device__ __forceinline__ Slots slots() const {
+  DEVICE Slots slots() const {
     return partials.slots(blockIdx.y == 1, first, int64_t{blockIdx.x} * ROW_THREADS + threadIdx.x);
   }
 };

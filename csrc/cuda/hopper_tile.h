@@ -1,20 +1,9 @@
 // The tiles of the Hopper statistics kernel: their shape, who holds which score, who computes which tile.
-//
-// Everything here is plain arithmetic that the kernel, and the model of it in tests/mirrors/hopper_model.cpp,
-// share.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FUSED_VSE_HD __host__ __device__ __forceinline__
-#define FUSED_VSE_UNROLL _Pragma("unroll")
-#define FUSED_VSE_UNROLL_BY_8 _Pragma("unroll 8")
-#else
-#define FUSED_VSE_HD inline
-#define FUSED_VSE_UNROLL
-#define FUSED_VSE_UNROLL_BY_8
-#endif
+#include "host_device.h"
 
 namespace fused_vse::hopper {
 
@@ -49,18 +38,18 @@ constexpr int MAX_ITEM_BYTES = 8;  // what a statistic keeps of some scores
 using Fragment = float[BLOCKS][ACCUMULATORS];
 
 // Both ascend with `slot` or `item`: the first of equal scores is then the one of the smallest index.
-FUSED_VSE_HD constexpr int slot_row(int slot) { return 64 * (slot / 2) + 8 * (slot % 2); }
-FUSED_VSE_HD constexpr int item_column(int chunk, int item) {
+HOST_DEVICE constexpr int slot_row(int slot) { return 64 * (slot / 2) + 8 * (slot % 2); }
+HOST_DEVICE constexpr int item_column(int chunk, int item) {
   return CHUNK_COLS * chunk + 8 * (item / 2) + item % 2;
 }
-FUSED_VSE_HD constexpr int lane_row(int warp, int lane, int slot) {
+HOST_DEVICE constexpr int lane_row(int warp, int lane, int slot) {
   return 16 * warp + lane / 4 + slot_row(slot);
 }
-FUSED_VSE_HD constexpr int lane_column(int lane, int chunk, int item) {
+HOST_DEVICE constexpr int lane_column(int lane, int chunk, int item) {
   return 2 * (lane % 4) + item_column(chunk, item);
 }
 // Where a thread's score of (slot, chunk, item) is in acc[slot / 2].
-FUSED_VSE_HD constexpr int accumulator(int slot, int chunk, int item) {
+HOST_DEVICE constexpr int accumulator(int slot, int chunk, int item) {
   return 16 * chunk + 4 * (item / 2) + 2 * (slot % 2) + item % 2;
 }
 
@@ -71,18 +60,18 @@ struct RowScores {
   const Fragment& acc;
   int slot;
 
-  FUSED_VSE_HD float operator[](int i) const {
+  HOST_DEVICE float operator[](int i) const {
     return acc[slot / 2][accumulator(slot, i / LANE_COLS, i % LANE_COLS)];
   }
-  FUSED_VSE_HD static constexpr int place(int i) { return item_column(i / LANE_COLS, i % LANE_COLS); }
+  HOST_DEVICE static constexpr int place(int i) { return item_column(i / LANE_COLS, i % LANE_COLS); }
 };
 struct ColumnScores {
   static constexpr int COUNT = LANE_ROWS;
   const Fragment& acc;
   int chunk, item;
 
-  FUSED_VSE_HD float operator[](int i) const { return acc[i / 2][accumulator(i, chunk, item)]; }
-  FUSED_VSE_HD static constexpr int place(int i) { return slot_row(i); }
+  HOST_DEVICE float operator[](int i) const { return acc[i / 2][accumulator(i, chunk, item)]; }
+  HOST_DEVICE static constexpr int place(int i) { return slot_row(i); }
 };
 
 // Swap-shuffle. 2 HALF lanes hold 2 HALF items each and want one total an item. In each step a lane keeps
@@ -91,8 +80,8 @@ struct ColumnScores {
 // merges. For a tile that is 45 shuffles a word in place of 152. In the end, lane r of them holds the total
 // of item r in items[0]. Chosen for these counts; the alternative was not measured.
 template <int HALF, typename Item>
-FUSED_VSE_HD void swap_halves(Item* items, Item* outgoing, bool upper) {
-  FUSED_VSE_UNROLL
+HOST_DEVICE void swap_halves(Item* items, Item* outgoing, bool upper) {
+#pragma unroll
   for (int i = 0; i < HALF; ++i) {
     outgoing[i] = upper ? items[i] : items[i + HALF];
     items[i] = upper ? items[i + HALF] : items[i];
@@ -100,28 +89,28 @@ FUSED_VSE_HD void swap_halves(Item* items, Item* outgoing, bool upper) {
 }
 // The lanes that share rows differ in bits 0 and 1, those that share columns in bits 2, 3 and 4.
 constexpr int ROW_STRIDE = 1, COLUMN_STRIDE = 4;
-FUSED_VSE_HD constexpr int slot_of_lane(int lane) { return lane % 4; }
-FUSED_VSE_HD constexpr int item_of_lane(int lane) { return lane / 4; }
+HOST_DEVICE constexpr int slot_of_lane(int lane) { return lane % 4; }
+HOST_DEVICE constexpr int item_of_lane(int lane) { return lane / 4; }
 
 // A piece of S: rows [row_start, row_stop), columns [0, num_columns).
 struct Rectangle {
   int row_start, row_stop, num_columns;
 
-  FUSED_VSE_HD int rows() const { return row_stop - row_start; }
-  FUSED_VSE_HD int row_tiles() const { return (rows() + TILE_ROWS - 1) / TILE_ROWS; }
-  FUSED_VSE_HD int column_tiles() const { return (num_columns + TILE_COLS - 1) / TILE_COLS; }
-  FUSED_VSE_HD int cluster_rows() const { return (row_tiles() + CLUSTER - 1) / CLUSTER; }
-  FUSED_VSE_HD int cluster_tiles() const { return cluster_rows() * column_tiles(); }
+  HOST_DEVICE int rows() const { return row_stop - row_start; }
+  HOST_DEVICE int row_tiles() const { return (rows() + TILE_ROWS - 1) / TILE_ROWS; }
+  HOST_DEVICE int column_tiles() const { return (num_columns + TILE_COLS - 1) / TILE_COLS; }
+  HOST_DEVICE int cluster_rows() const { return (row_tiles() + CLUSTER - 1) / CLUSTER; }
+  HOST_DEVICE int cluster_tiles() const { return cluster_rows() * column_tiles(); }
 };
 
 // A tile by the number of its row tile and of its column tile.
 struct Tile {
   int row_tile, column_tile;
 
-  FUSED_VSE_HD int row(const Rectangle& r) const { return r.row_start + row_tile * TILE_ROWS; }
-  FUSED_VSE_HD int column() const { return column_tile * TILE_COLS; }
+  HOST_DEVICE int row(const Rectangle& r) const { return r.row_start + row_tile * TILE_ROWS; }
+  HOST_DEVICE int column() const { return column_tile * TILE_COLS; }
   // The sums stay below 2^31 (hopper_plan.h).
-  FUSED_VSE_HD bool is_ragged(const Rectangle& r) const {
+  HOST_DEVICE bool is_ragged(const Rectangle& r) const {
     return row(r) + TILE_ROWS > r.row_stop || column() + TILE_COLS > r.num_columns;
   }
 };
@@ -135,7 +124,7 @@ struct Raster {
   // Cluster tile number -> tile of block `rank`: down a group of rows, then to the next column, so that
   // operands stay in L2. With an odd number of row tiles, the last row tile of rank 1 lies outside.
   // Cluster c of C computes the numbers c, c + C, ...
-  FUSED_VSE_HD Tile tile(int number, int rank) const {
+  HOST_DEVICE Tile tile(int number, int rank) const {
     const int group_tiles = GROUP_CLUSTER_ROWS * column_tiles;
     const int first = number / group_tiles * GROUP_CLUSTER_ROWS;
     const int left = cluster_rows - first;
@@ -150,7 +139,7 @@ struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
 
-  FUSED_VSE_HD void advance(int steps) {
+  HOST_DEVICE void advance(int steps) {
     stage += steps;
     phase ^= static_cast<uint32_t>(stage / STAGES) & 1;
     stage %= STAGES;

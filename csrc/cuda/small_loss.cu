@@ -1,7 +1,7 @@
 // small_loss (fused_vse/ops.py): a whole loss of at most 512 images and captions, and its gradients, in one
 // launch.
 //
-//   S = I T^t; per anchor its negatives' statistics, loss and weights (small_statistics.h);
+//   S = I T^t; per anchor its negatives' statistics, loss and weights (small_statistics.cuh);
 //   d_images = factor (G T - pull T_k), d_captions = factor (G^t I - pull I_k), G_ij from S_ij and the
 //   weights of anchors i and j.
 //
@@ -34,7 +34,7 @@
 #include <tuple>
 
 #include "launch.h"
-#include "small_loss.h"
+#include "small_loss.cuh"
 
 namespace fused_vse {
 namespace {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(THREADS, 2) small_loss_kernel(const __grid_con
 #if __CUDA_ARCH__ >= 900
     if (cluster > 1) return cg::this_cluster().sync();
 #endif
-    block_sync();
+    __syncthreads();
   };
   const int first = block.rank / cluster, clusters = block.grid / cluster;
   for (int tile = first; tile < x.plan.tiles(); tile += clusters) {

@@ -1,15 +1,16 @@
 // The small-batch loss without any arithmetic: sizes, tiles, who does what, and where everything lies.
-// Plain functions, tested exhaustively on the CPU (tests/mirrors/test_cuda_small.py).
+// Plain functions, tested exhaustively on the CPU (tests/plain/test_cuda_plan.py).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 
-#include "simt.h"
+#include "host_device.h"
 
 namespace fused_vse::small {
 
+constexpr int THREADS = 256, LANES = 32;
 constexpr int MAX_ROWS = 512;     // images, and captions
 constexpr int MAX_DIM = 1 << 16;  // so that offsets inside a row fit into an int
 constexpr int TILE = 64;          // rows and columns of a tile of S, and of a gradient

@@ -218,21 +218,23 @@ BUGS = [
     small(
         "no barrier between copies and products",
         Change(
-            "small_tiles.h",
-            "    wait_for_copies<STAGES - 2>();\n    block_sync();",
+            "small_tiles.cuh",
+            "    wait_for_copies<STAGES - 2>();\n    __syncthreads();",
             "    wait_for_copies<STAGES - 2>();",
         ),
     ),
     small(
         "waits for a copy too few",
-        Change("small_tiles.h", "wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();"),
+        Change(
+            "small_tiles.cuh", "wait_for_copies<STAGES - 2>();", "wait_for_copies<STAGES - 1>();"
+        ),
     ),
     small(
         "no cluster barrier before the sum",
         Change(
             "small_loss.cu",
             "    cluster_sync();\n    sum_strip",
-            "    block_sync();\n    sum_strip",
+            "    __syncthreads();\n    sum_strip",
         ),
     ),
     small(
@@ -240,7 +242,7 @@ BUGS = [
         Change(
             "small_loss.cu",
             "    if (tile != first) cluster_sync();",
-            "    if (tile != first) block_sync();",
+            "    if (tile != first) __syncthreads();",
         ),
     ),
     small(
@@ -248,12 +250,12 @@ BUGS = [
         Change(
             "small_loss.cu",
             "  cg::this_grid().sync();\n  if (x.kind",
-            "  block_sync();\n  if (x.kind",
+            "  __syncthreads();\n  if (x.kind",
         ),
     ),
     small(
         "address of ldmatrix",
-        Change("small_tiles.h", "k + lane / 16 * 16);", "k + lane / 8 % 2 * 16);"),
+        Change("small_tiles.cuh", "k + lane / 16 * 16));", "k + lane / 8 % 2 * 16));"),
     ),
     small(
         "slices of D overlap",
@@ -266,9 +268,9 @@ BUGS = [
     small(
         "no barrier before the gains are found",
         Change(
-            "small_loss.h",
-            "    shared.largest[thread] = largest;\n  });\n  block_sync();",
-            "    shared.largest[thread] = largest;\n  });",
+            "small_loss.cuh",
+            "  shared.largest[thread] = largest;\n  __syncthreads();",
+            "  shared.largest[thread] = largest;",
         ),
     ),
     small(
@@ -281,7 +283,7 @@ BUGS = [
     ),
     small(
         "rows beyond the last are copied",
-        Change("small_tiles.h", "r >= x.count || c >= x.dim", "r > x.count || c >= x.dim"),
+        Change("small_tiles.cuh", "r >= x.count || c >= x.dim", "r > x.count || c >= x.dim"),
     ),
 ]
 

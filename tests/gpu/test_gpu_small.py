@@ -289,6 +289,32 @@ def test_each_gradient_alone(device, kind, dtype, weights, mean):
         assert torch.equal(step[2], some[4] * upstream)
 
 
+EASY = Case("every pair far above its negatives", 70, 70, 70, 96)
+
+
+@pytest.mark.parametrize("hard", [(), (4,), (4, 66)], ids=str)
+def test_no_float16_gradient_underflows(device, hard):
+    """Each caption has 0.724 of the next image: at temperature 0.01 the gradients of a row are about 1e-12,
+    which float16 holds once a gradient scaler has multiplied them; of the pairs in `hard`, about 1."""
+    images = torch.eye(EASY.rows, EASY.dim)
+    captions = images + 0.724 * images.roll(-1, 0)
+    for k in hard:
+        captions[k] = images[k] + 1.02 * images[k - 1]
+    pair = device.put([images.half(), captions.half()])
+    options = {"temperature": 0.01, "margin": 0.0}
+    wide = [x.double() for x in pair]
+    _, *expected = differentiated("all_negatives", wide, EASY, "reference", **options)
+    number, _, _ = KINDS["all_negatives"]
+    *_, d_images, d_captions = torch.ops.fused_vse_cuda.small_loss(
+        *pair, None, None, EASY.pairs, number, 100.0, None, 0.0, 1.0, 1.0, True, True, True
+    )
+    for got, want in zip((d_images, d_captions), expected, strict=True):
+        smallest = want.abs().amax(1).min()
+        assert smallest < 1e-11 and smallest * UPSTREAMS[0] > 2**-24  # the smallest float16
+        errors = (got.double() - want).norm(dim=1) / want.norm(dim=1)
+        assert errors.max() < torch.finfo(torch.float16).eps
+
+
 @pytest.mark.on_device("cuda", ((8, 0), 108), ((9, 0), 132), few=2)
 @each_kind
 def test_same_bits_on_other_gpus(device, kind):
@@ -320,7 +346,12 @@ def test_gpus_without_code_of_their_own(device, name, dtype):
     actual = differentiated(name, pair, case)
     expected = differentiated(name, [x.double() for x in pair], case, "reference")
     for got, want in zip(actual, expected, strict=True):
-        assert relative(got, want) <= 2e-4 + 4 * torch.finfo(got.dtype).eps
+        limits = torch.finfo(got.dtype)
+        lost = (
+            limits.smallest_normal * limits.eps * want.numel() ** 0.5
+        )  # where it is all of a gradient
+        allowed = (2e-4 + 4 * limits.eps) * want.norm() + lost
+        assert (got.double() - want).norm() <= allowed
 
 
 @pytest.mark.parametrize("factor", [3.0, 2.0**70])  # the squares overflow

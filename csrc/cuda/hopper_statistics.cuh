@@ -17,20 +17,16 @@
 
 namespace fused_vse::hopper {
 
-FUSED_VSE_HD float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
+DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else
-  return exp2f(x);
-#endif
 }
 
 constexpr float INFINITE = HUGE_VALF;
 
 template <typename To, typename From>
-FUSED_VSE_HD To bits_as(From from) {
+DEVICE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   memcpy(&to, &from, sizeof to);
@@ -45,33 +41,33 @@ FUSED_VSE_HD To bits_as(From from) {
 struct Hardest {
   using Item = uint64_t;
 
-  FUSED_VSE_HD static Item key(float score, int index) {
+  DEVICE static Item key(float score, int index) {
     // -0 equals 0 but has other bits; adding 0 leaves one zero.
     const uint32_t bits = bits_as<uint32_t>(score + 0.0f);
     const uint32_t ordered = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
     return uint64_t{ordered} << 32 | (0xffffffffu - static_cast<uint32_t>(index));
   }
-  FUSED_VSE_HD static float score(Item key) {
+  DEVICE static float score(Item key) {
     const uint32_t ordered = static_cast<uint32_t>(key >> 32);
     return key ? bits_as<float>(ordered ^ (ordered >> 31 ? 0x80000000u : 0xffffffffu)) : -INFINITE;
   }
-  FUSED_VSE_HD static int64_t index(Item key) {
+  DEVICE static int64_t index(Item key) {
     return key ? int64_t{0xffffffffu - static_cast<uint32_t>(key)} : -1;
   }
 
-  FUSED_VSE_HD void prepare(Fragment&) const {}
+  DEVICE void prepare(Fragment&) const {}
   template <typename Scores>
-  FUSED_VSE_HD Item over(const Scores& scores, int, int first) const {
+  DEVICE Item over(const Scores& scores, int, int first) const {
     float best = -INFINITE;
     int where = -1;
-    FUSED_VSE_UNROLL
+#pragma unroll
     for (int i = 0; i < Scores::COUNT; ++i) {
       where = scores[i] > best ? Scores::place(i) : where;
       best = scores[i] > best ? scores[i] : best;
     }
     return where < 0 ? 0 : key(best, first + where);
   }
-  FUSED_VSE_HD static Item merge(Item a, Item b) { return a > b ? a : b; }
+  DEVICE static Item merge(Item a, Item b) { return a > b ? a : b; }
 };
 
 // What the rows' survey knows of the input (hopper_rows.cuh): maxima of |I|, |T|, |I_i|^2 and |T_j|^2, as the
@@ -80,7 +76,7 @@ struct Bounds {
   uint32_t bits[4];
 
   // Whether any embedding is not finite, or |score| <= D max|I| max|T| might overflow.
-  FUSED_VSE_HD bool poisoned(int64_t dimensions) const {
+  DEVICE bool poisoned(int64_t dimensions) const {
     const float bound = bits_as<float>(bits[0]) * bits_as<float>(bits[1]) * static_cast<float>(dimensions);
     return !(bound < 3.0e38f);  // NaN compares false; 0 times infinity is NaN
   }
@@ -95,7 +91,7 @@ struct Exponent {
   float c, shift;
   bool one;
 
-  FUSED_VSE_HD static Exponent make(double scale, const Bounds& bounds, float anchors) {
+  DEVICE static Exponent make(double scale, const Bounds& bounds, float anchors) {
     constexpr float LARGEST = 120.0f;  // exp2 of +-LARGEST is a normal float
     const float c = static_cast<float>(scale * 1.4426950408889634);
     const float norms = sqrtf(bits_as<float>(bounds.bits[2])) * sqrtf(bits_as<float>(bounds.bits[3]));
@@ -103,36 +99,36 @@ struct Exponent {
     const float top = fmaxf(2 * reach - LARGEST, 0.0f);
     return {c, reach - top, top + log2f(anchors) <= LARGEST};
   }
-  FUSED_VSE_HD bool valid() const { return c > 0 && c < INFINITE; }
+  DEVICE bool valid() const { return c > 0 && c < INFINITE; }
 
   // Explicitly fused: the compiler would otherwise keep 192 products c s for the columns.
-  FUSED_VSE_HD float shifted(float s) const { return exp2_fast(fmaf(s, c, -shift)); }
+  DEVICE float shifted(float s) const { return exp2_fast(fmaf(s, c, -shift)); }
   // The difference first: c times a score may have lost it (a s = 1e10, where a float's steps are 1024).
-  FUSED_VSE_HD float relative(float s, float reference) const { return exp2_fast((s - reference) * c); }
+  DEVICE float relative(float s, float reference) const { return exp2_fast((s - reference) * c); }
 };
 
 struct LogsumexpOneExp {
   using Item = float;
   Exponent exponent;
 
-  FUSED_VSE_HD void prepare(Fragment& acc) const {
-    FUSED_VSE_UNROLL
+  DEVICE void prepare(Fragment& acc) const {
+#pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
-      FUSED_VSE_UNROLL
+#pragma unroll
       for (int i = 0; i < ACCUMULATORS; ++i) acc[b][i] = exponent.shifted(acc[b][i]);
     }
   }
   template <typename Scores>
-  FUSED_VSE_HD Item over(const Scores& shifted, int, int) const {
+  DEVICE Item over(const Scores& shifted, int, int) const {
     float total = 0;
-    FUSED_VSE_UNROLL
+#pragma unroll
     for (int i = 0; i < Scores::COUNT; ++i) total += shifted[i];
     return total;
   }
-  FUSED_VSE_HD static Item merge(Item a, Item b) { return a + b; }
+  DEVICE static Item merge(Item a, Item b) { return a + b; }
 };
 
-FUSED_VSE_HD float finite(float reference) { return reference == -INFINITE ? 0.0f : reference; }
+DEVICE float finite(float reference) { return reference == -INFINITE ? 0.0f : reference; }
 
 // total exp(a reference), where the reference is the largest score; nothing: 0 and -inf.
 template <typename Total>
@@ -140,7 +136,7 @@ struct alignas(8) ScaledSum {
   Total total;
   float reference;
 
-  FUSED_VSE_HD ScaledSum plus(const ScaledSum<float>& other, const Exponent& exponent) const {
+  DEVICE ScaledSum plus(const ScaledSum<float>& other, const Exponent& exponent) const {
     const float top = fmaxf(reference, other.reference);
     return {total * exponent.relative(reference, finite(top)) +
                 other.total * exponent.relative(other.reference, finite(top)),
@@ -153,18 +149,18 @@ struct LogsumexpTwoExp {
   using Item = ScaledSum<float>;
   Exponent exponent;
 
-  FUSED_VSE_HD void prepare(Fragment&) const {}
+  DEVICE void prepare(Fragment&) const {}
   template <typename Scores>
-  FUSED_VSE_HD Item over(const Scores& scores, int, int) const {
+  DEVICE Item over(const Scores& scores, int, int) const {
     float largest = -INFINITE, total = 0;
-    FUSED_VSE_UNROLL
+#pragma unroll
     for (int i = 0; i < Scores::COUNT; ++i) largest = fmaxf(largest, scores[i]);
     const float reference = finite(largest);
-    FUSED_VSE_UNROLL
+#pragma unroll
     for (int i = 0; i < Scores::COUNT; ++i) total += exponent.relative(scores[i], reference);
     return {total, largest};
   }
-  FUSED_VSE_HD Item merge(Item a, Item b) const { return a.plus(b, exponent); }
+  DEVICE Item merge(Item a, Item b) const { return a.plus(b, exponent); }
 };
 
 // hinge_sum: sum of [s - threshold]+ and how many are above 0.
@@ -176,12 +172,12 @@ struct Hinge {
   const float* threshold;  // [R + C]
   int last_anchor;
 
-  FUSED_VSE_HD void prepare(Fragment&) const {}
+  DEVICE void prepare(Fragment&) const {}
   template <typename Scores>
-  FUSED_VSE_HD Item over(const Scores& scores, int anchor, int) const {
+  DEVICE Item over(const Scores& scores, int anchor, int) const {
     Item item{0, 0};
     const float t = threshold[anchor < last_anchor ? anchor : last_anchor];
-    FUSED_VSE_UNROLL
+#pragma unroll
     for (int i = 0; i < Scores::COUNT; ++i) {
       const float excess = scores[i] - t;
       item.total += excess > 0 ? excess : 0.0f;
@@ -189,13 +185,13 @@ struct Hinge {
     }
     return item;
   }
-  FUSED_VSE_HD static Item merge(Item a, Item b) { return {a.total + b.total, a.active + b.active}; }
+  DEVICE static Item merge(Item a, Item b) { return {a.total + b.total, a.active + b.active}; }
 };
 
 // The partial results of one anchor, in ascending order of the slots.
-FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const Slots& slots, const Exponent& exponent) {
+DEVICE ScaledSum<double> merge_logsumexp(const Slots& slots, const Exponent& exponent) {
   ScaledSum<double> sum{0.0, -INFINITE};
-  FUSED_VSE_UNROLL_BY_8
+#pragma unroll 8
   for (int slot = slots.begin; slot < slots.stop; ++slot)
     if (exponent.one)
       sum.total += slots.item<LogsumexpOneExp::Item>(slot);
@@ -209,7 +205,7 @@ FUSED_VSE_HD ScaledSum<double> merge_logsumexp(const Slots& slots, const Exponen
 }
 
 // Where one shift suits all of S, |a s| <= 84, and 0 is near enough to any score.
-FUSED_VSE_HD double log_sum(const ScaledSum<double>& sum, const Exponent& exponent) {
+DEVICE double log_sum(const ScaledSum<double>& sum, const Exponent& exponent) {
   return (log2(sum.total) + (exponent.one ? exponent.shift : 0.0f)) * 0.6931471805599453;
 }
 
@@ -218,9 +214,9 @@ struct HingeTotal {
   int64_t active;
 };
 
-FUSED_VSE_HD HingeTotal merge_hinge(const Slots& slots) {
+DEVICE HingeTotal merge_hinge(const Slots& slots) {
   HingeTotal sum{0.0, 0};
-  FUSED_VSE_UNROLL_BY_8
+#pragma unroll 8
   for (int slot = slots.begin; slot < slots.stop; ++slot) {
     const Hinge::Item item = slots.item<Hinge::Item>(slot);
     sum.total += item.total;

@@ -22,8 +22,8 @@ constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 // score(i) of the entries [begin, end) of a row or column, negative(i) whether it is a negative, first + i
 // its index; threshold = p - m, for HINGE_SUM.
 template <typename Score, typename Negative>
-SIMT Statistic statistic_of(Loss loss, int begin, int end, int first, float alpha, float threshold,
-                            const Score& score, const Negative& negative) {
+DEVICE Statistic statistic_of(Loss loss, int begin, int end, int first, float alpha, float threshold,
+                              const Score& score, const Negative& negative) {
   Statistic x{-NONE, -1, 0, 0};
   for (int i = begin; i < end; ++i)
     if (negative(i) && (score(i) > x.max || x.index < 0)) {
@@ -51,7 +51,7 @@ SIMT Statistic statistic_of(Loss loss, int begin, int end, int first, float alph
 // Of `count` parts in ascending order of their indices: first the maximum, then what is relative to it, so
 // that no load and no exponential waits for another.
 template <typename Part>
-SIMT Statistic merged(Loss loss, float alpha, int count, const Part& part) {
+DEVICE Statistic merged(Loss loss, float alpha, int count, const Part& part) {
   Statistic x{-NONE, -1, 0, 0};
 #pragma unroll 4
   for (int i = 0; i < count; ++i) {
@@ -85,8 +85,8 @@ struct Anchor {
 // What gives no gradient to any score.
 HOST_DEVICE constexpr Anchor no_anchor() { return {std::numeric_limits<float>::max(), 0, 0, 0, 0}; }
 
-SIMT Anchor anchor_of(Loss loss, const Statistic& x, float positive, float alpha, float margin,
-                      float weight) {
+DEVICE Anchor anchor_of(Loss loss, const Statistic& x, float positive, float alpha, float margin,
+                        float weight) {
   Anchor anchor = no_anchor();
   if (x.index < 0) return anchor;
   const float v = (x.max - positive) + margin;
@@ -118,14 +118,14 @@ SIMT Anchor anchor_of(Loss loss, const Statistic& x, float positive, float alpha
 }
 
 // The gradient of a score with respect to one of its two anchors.
-SIMT float gradient_of(Loss loss, float alpha, float s, int index, float reference, float weight) {
+DEVICE float gradient_of(Loss loss, float alpha, float s, int index, float reference, float weight) {
   if (loss == ALL_NEGATIVES) return expf(alpha * (s - reference)) * weight;
   if (loss == HINGE_SUM) return s > reference ? weight : 0;
   return float(index) == reference ? weight : 0;
 }
 
 // A power of two that lifts `largest` to [2^14, 2^15), for float16.
-SIMT float gain_of(float largest) {
+DEVICE float gain_of(float largest) {
   return largest > 0 ? ldexpf(1, min(14 - ilogbf(largest), 126)) : 1;  // its inverse is a normal number
 }
 
