@@ -37,6 +37,8 @@ CASES = [
     Case("several strips of rows", 131, 70, 70, 33),
     Case("several tiles", 1061, 45, 45, 9),
     Case("several tiles of columns", 40, 4133, 40, 5, "groups of five"),
+    Case("one image", 1, 70, 1, 40),
+    Case("one number", 1, 1, 1, 1),
 ]
 
 
@@ -73,7 +75,17 @@ def embeddings(
     if normalize:
         images = torch.nn.functional.normalize(images)
         captions = torch.nn.functional.normalize(captions)
-    return images.to(dtype), captions.to(dtype)
+    return odd_strides(images.to(dtype)), odd_strides(captions.to(dtype))
+
+
+def odd_strides(x: Tensor) -> Tensor:
+    """The same elements. Where a dimension has size 1 its stride means nothing, and PyTorch leaves anything
+    there: less than a row, or so much that the next one would lie outside of the memory."""
+    strides = [
+        stride if n > 1 else odd
+        for n, stride, odd in zip(x.shape, x.stride(), (3, 2**40), strict=True)
+    ]
+    return x.as_strided(x.shape, strides)
 
 
 TRAINED = Case("pairs far above their negatives", 128, 128, 128, 64)
@@ -93,4 +105,4 @@ def integer_embeddings(case: Case, dtype: torch.dtype = torch.float32, seed: int
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(-2, 3, (case.rows, case.dim), generator=generator)
     captions = torch.randint(-2, 3, (case.columns, case.dim), generator=generator)
-    return images.to(dtype), captions.to(dtype)
+    return odd_strides(images.to(dtype)), odd_strides(captions.to(dtype))

@@ -3,7 +3,7 @@ element."""
 
 import pytest
 import torch
-from cases import embeddings, ids_of
+from cases import ids_of
 
 import fused_vse
 from fused_vse.backends import cpu
@@ -45,10 +45,6 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def on_gpu(case, dtype=torch.bfloat16, seed=0, make=embeddings):
-    return [x.cuda() for x in make(case, dtype, seed)]
 
 
 def ids_on(device, case):

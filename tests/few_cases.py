@@ -1,7 +1,11 @@
-"""pytest: of a test whose cases are expensive a few run, unless --cases asks for more."""
+"""pytest: of a test whose cases are expensive a few run, unless --cases asks for more. Of a case that fails,
+the line that runs it again."""
 
+import shlex
 import zlib
 from collections import defaultdict
+
+import pytest
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -39,3 +43,23 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=list(dropped))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("To run it again", repro(item)))
+    return report
+
+
+def repro(item) -> str:
+    """With what was drawn: of the cases, the schedules of the emulator, Hypothesis's examples."""
+    options = ["--cases=all"] if item.get_closest_marker("expensive") else []
+    if "schedule" in item.fixturenames or "device" in item.fixturenames:
+        options += ["--seeds=" + item.config.getoption("--seeds")]
+        options += ["--races"] * item.config.getoption("--races")
+    drawn = getattr(item.obj, "_hypothesis_internal_use_generated_seed", None)
+    if drawn is not None:
+        options.append(f"--hypothesis-seed={drawn}")
+    return shlex.join(["python", "-m", "pytest", *options, item.nodeid])

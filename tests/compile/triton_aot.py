@@ -148,16 +148,7 @@ def record_launches():
 
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
-    signature = {name: kind for name, (kind, _, _) in launch.arguments.items()}
-    constants, attributes = {}, {}
-    for path, kind, value, divisible in launch.leaves():
-        if kind == "constexpr":
-            constants[path] = value
-        if divisible:
-            attributes[path] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options=launch.options)
+    kernel = compile_for(launch, GPUTarget("cuda", capability, 32))
     registers, stack, sass = _inspect(kernel.asm["cubin"])
     return Compiled(
         registers,
@@ -167,6 +158,19 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         ptx=kernel.asm["ptx"],
         sass=sass,
     )
+
+
+def compile_for(launch: Launch, target: GPUTarget):
+    """Triton's own result."""
+    signature = {name: kind for name, (kind, _, _) in launch.arguments.items()}
+    constants, attributes = {}, {}
+    for path, kind, value, divisible in launch.leaves():
+        if kind == "constexpr":
+            constants[path] = value
+        if divisible:
+            attributes[path] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 _launches: dict[tuple, Launch] = {}  # what the workers inherit; a kernel cannot be pickled

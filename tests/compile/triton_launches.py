@@ -75,8 +75,8 @@ class Noted(NamedTuple):
     chosen: set[tuple]  # (kind, capability, tiles) of configs.tiles_for
 
 
-def noted(batch: Batch) -> Noted:
-    device = configs.Device(multiprocessors=132, capability=batch.capability // 10)
+def noted(batch: Batch, amd: bool = False) -> Noted:
+    device = configs.Device(multiprocessors=132, capability=batch.capability // 10, amd=amd)
     choose, launch_walk = configs.tiles_for, plan.Plan.launch
     chosen = set()
 

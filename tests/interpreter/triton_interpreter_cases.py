@@ -23,7 +23,7 @@ from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negativ
 from fused_vse.backends import triton as backend
 from fused_vse.backends.triton import configs, forward, plan
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.expensive(few=2)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.expensive]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Errors that count as none: a few units in the last place; for bfloat16, to which the interpreter
 # truncates, one.
@@ -88,13 +88,13 @@ def check_accuracy(loss, case, dtype, **options):
         assert error(got, want) <= 3 * error(eager, want) + smallest, (case, dtype)
 
 
-@pytest.mark.expensive(few=8)
+@pytest.mark.expensive(few=4)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 def test_accuracy(number, case, loss):
     check_accuracy(loss, case, DTYPES[number % 4])
 
 
-@pytest.mark.expensive(few=8)
+@pytest.mark.expensive(few=4)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 @pytest.mark.parametrize("kind", ["hardest", "hinge_sum"])
 def test_integer_embeddings_are_exact(number, case, kind):
@@ -297,7 +297,7 @@ def test_workspace_option():
 
 
 @settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20)),

@@ -14,7 +14,7 @@ from fused_vse.ops import DOT, ORDER, Batch
 
 # The oracle is float64 as well, and a sum of 10^4 terms of both signs in another order.
 SMALLEST = {**SMALLEST, torch.float64: 2**-42}
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.expensive(few=2)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.expensive]
 
 
 @pytest.fixture(params=LOSSES)
@@ -71,7 +71,7 @@ def check_accuracy(loss, kind, case, dtype):
         assert error(got, want) <= 3 * error(eager, want) + SMALLEST[got.dtype], (case, dtype)
 
 
-@pytest.mark.expensive(few=8)
+@pytest.mark.expensive(few=4)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 def test_accuracy(number, case, kind, loss):
     check_accuracy(loss, kind, case, DTYPES[number % 4])
@@ -87,7 +87,7 @@ def test_rectangles_of_one_tile_row(loss, kind, dtype, monkeypatch):
     check_accuracy(loss, kind, EXTRAS, dtype)
 
 
-@pytest.mark.expensive(few=8)
+@pytest.mark.expensive(few=4)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(SMALL_CASES)), ids=str)
 def test_ties_go_to_the_smallest_index(number, case, kind):
     """Integers: sums, and with them ties, are exact."""
@@ -103,7 +103,7 @@ def test_ties_go_to_the_smallest_index(number, case, kind):
         assert torch.equal(a == -torch.inf, b == -torch.inf)
 
 
-@pytest.mark.expensive(few=4)
+@pytest.mark.expensive(few=2)
 @pytest.mark.parametrize(
     ("kind", "view"),
     [*(("scores", view) for view in ("transposed", "strided", "offset", "expanded")),

@@ -137,3 +137,22 @@ def test_every_statistic_is_there(op, source, gpus, monkeypatch):
 
 def test_what_it_does_not_have():
     assert backend.takes("small_loss", None) == "has no small_loss"
+
+
+def test_amd_gpus_on_request_only(gpus, monkeypatch):
+    """Of a ROCm build, whose first numbers are those of other GPUs."""
+    gpus((9, 4))
+    command = (
+        "import torch; torch.version.hip = '7.0'; import fused_vse; from fused_vse.backends import triton;"
+        "print(triton.STATUS); print(triton.prefers('hinge_sum', None))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", command], check=True, capture_output=True, text=True
+    )
+    assert "not chosen by auto: compiled for AMD GPUs, never run" in run.stdout
+    assert run.stdout.splitlines()[-1] == "False"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    plan.device_of.cache_clear()
+    device = plan.device_of(torch.device("cuda:0"))
+    plan.device_of.cache_clear()
+    assert device.amd

@@ -1,4 +1,4 @@
-"""The Triton backend for CUDA tensors of NVIDIA GPUs from Ampere (sm_80) on.
+"""The Triton backend for CUDA tensors of NVIDIA GPUs from Ampere (sm_80) on. It compiles for AMD's CDNA, too.
 
     walk.py       the walk over S, its merge and the gradient of S: three kernels for all statistics
     hardest.py, logsumexp.py, hinge.py   what they call for one statistic each
@@ -33,7 +33,12 @@ if triton is not None:
 else:
     DEVICE = "cuda"
 
-__all__ = ["DEVICE", "set_workspace_bytes", "workspace_bytes"]
+AMD = torch.version.hip is not None
+STATUS = "available"
+if AMD:
+    STATUS += " on request; not chosen by auto: compiled for AMD GPUs, never run on one"
+
+__all__ = ["DEVICE", "STATUS", "set_workspace_bytes", "workspace_bytes"]
 
 
 @functools.cache
@@ -45,16 +50,17 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return (
-            "no CUDA GPU is visible; it needs an NVIDIA GPU, its driver and a CUDA build of torch"
+            "no CUDA GPU is visible; it needs an NVIDIA GPU, its driver and a CUDA build of torch (or an AMD"
+            " GPU and a ROCm build)"
         )
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    if all(device.major < 8 for device in devices):
+    if not AMD and all(device.major < 8 for device in devices):
         found = ", ".join(f"{d.name} with {d.major}.{d.minor}" for d in devices)
         return (
             f"it needs a GPU of compute capability 8.0 or higher, found {found};"
             " use backend='reference'"
         )
-    return _compile_failure(next(i for i, device in enumerate(devices) if device.major >= 8))
+    return _compile_failure(next(i for i, device in enumerate(devices) if AMD or device.major >= 8))
 
 
 def takes(op: str, batch: Batch) -> str | None:
@@ -63,8 +69,8 @@ def takes(op: str, batch: Batch) -> str | None:
 
 
 def prefers(op: str, batch: Batch) -> bool:
-    """Whether "auto" is to take it: wherever it can."""
-    return True
+    """Whether "auto" is to take it: wherever it can and has been looked at."""
+    return not AMD
 
 
 def _compile_failure(device: int) -> str | None:

@@ -18,6 +18,8 @@ class Device(NamedTuple):
     multiprocessors: int
     capability: int  # major
     interpreted: bool = False
+    # No bulk copy engine, no tf32 but on some; 64 KiB of shared memory, which hold the tiles of sm_80.
+    amd: bool = False
 
 
 class Tiles(NamedTuple):
@@ -122,14 +124,15 @@ def tiles_for(
     }[kind]
     # Up to MAX_SAVED_SCORES the kernels may have scores to save, for which there are none either.
     if num_rows * num_columns > MAX_SAVED_SCORES and not crowded:
-        return large_tma if device.capability >= 9 else large
+        return large_tma if device.capability >= 9 and not device.amd else large
     if num_rows * num_columns >= device.multiprocessors * medium.block_m * medium.block_n:
         return medium
     return small
 
 
 def search_pays(num_rows: int, num_columns: int, device: Device) -> bool:
-    """Whether the certified search is faster than torch.mm in float32 and a pass over the result."""
+    """Whether the certified search is faster than torch.mm in float32 and a pass over the result. On AMD's
+    GPUs nobody knows."""
     tiles = tiles_for("bf16", num_rows, num_columns, device)
     slots = max(num_rows, num_columns) // min(tiles.block_m, tiles.block_n) + 2
-    return tiles in (LARGE, LARGE_TMA) and slots <= MAX_SEARCH_SLOTS
+    return tiles in (LARGE, LARGE_TMA) and slots <= MAX_SEARCH_SLOTS and not device.amd

@@ -41,6 +41,8 @@ def device_of(device: torch.device) -> configs.Device:
     if INTERPRETED.value:
         return configs.Device(multiprocessors=1, capability=0, interpreted=True)
     properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return configs.Device(properties.multi_processor_count, properties.major, amd=True)
     if properties.major < 8:
         raise RuntimeError(
             f"backend='triton' needs a GPU of compute capability 8.0 or higher, {device} is a"
@@ -128,10 +130,11 @@ class Plan(NamedTuple):
         if tiles.tma:
             images = TensorDescriptor.from_tensor(images, [tiles.block_m, tiles.block_k])
             captions = TensorDescriptor.from_tensor(captions, [tiles.block_n, tiles.block_k])
+        limits = {} if device.amd else {"maxnreg": tiles.registers}
         kernel[(min(row_tiles * column_tiles, programs),)](
             images, captions, where, self.ids, piece, *arguments,
             SOURCE=self.source, TILES=tiles, **constants,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.registers,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **limits,
         )  # fmt: skip
 
     def multiply(self, piece: Piece, scores: Tensor) -> None:
@@ -215,7 +218,8 @@ def _source(batch: Batch) -> tuple[str, str]:
         return "order", "order_float64" if dtype == torch.float64 else "order"
     if dtype.itemsize == 2:
         return "dot", "bf16"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    is_exact = torch.get_float32_matmul_precision() == "highest"
+    if dtype == torch.float32 and not is_exact and not device_of(batch.images.device).amd:
         return "dot", "tf32"
     return "stored", "stored"
 
