@@ -134,6 +134,7 @@ def joined() -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend)
     yield Ranks(distributed.group.WORLD, distributed.get_rank(), size)
+    distributed.barrier()  # Gloo may abort where a rank leaves while another one still talks
     distributed.destroy_process_group()
 
 

@@ -19,13 +19,10 @@ class Peers(NamedTuple):
 
     group: distributed.ProcessGroup
     rank: int
+    size: int
     pairs: list[int]  # K of every rank
     images: list[int]  # N of every rank
     captions: list[int]  # M of every rank
-
-    @property
-    def size(self) -> int:
-        return len(self.pairs)
 
 
 def agree(
@@ -43,7 +40,7 @@ def agree(
     if torch.compiler.is_compiling():  # by contract, all pass what this rank does
         batch, options = check()
         sizes = [[n] * group.size() for n in _sizes(batch)]
-        return Peers(group, group.rank(), *sizes), batch, options
+        return Peers(group, group.rank(), group.size(), *sizes), batch, options
     error, values = None, {}
     try:
         batch, options = check()
@@ -66,7 +63,7 @@ def agree(
     sizes = [[row[1 + i] for row in ranks] for i in range(len(SIZES))]
     if not sum(sizes[0]):
         raise ValueError("num_pairs is 0 on all ranks of the group; at least one needs a pair")
-    return Peers(group, group.rank(), *sizes), batch, options
+    return Peers(group, group.rank(), group.size(), *sizes), batch, options
 
 
 def check_on_all(group: distributed.ProcessGroup | None, check: Callable[[], object]) -> object:

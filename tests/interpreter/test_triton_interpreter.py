@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.parametrize("name", ["cases", "families", "ops"])
@@ -24,4 +24,6 @@ def test_kernels_in_the_interpreter(name, request):
         stderr=subprocess.STDOUT,
         text=True,
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+        pytest.skip(f"the interpreter of Triton {triton.__version__} needs numpy<2.4")
     assert done.returncode == 0, done.stdout[-20000:]

@@ -18,8 +18,8 @@ RESULTS = HERE / "RESULTS.md"
 SECONDS = 1200  # a bug may be one that never ends
 HEAD = """# Deliberate bugs and what kills them
 
-Written by `python -m tests.mutations`: {killed} of {count} are killed by a test. Those that are not, change nothing that
-could be seen: why, stands in their row.
+Written by `python -m tests.mutations`. Of {total} bugs {count} have been run, and a test kills {killed} of these. Those that are not, change
+nothing that could be seen: why, stands in their row.
 
 | area | bug | killed by |
 |---|---|---|
@@ -153,7 +153,8 @@ def rows() -> dict[tuple[str, str], str]:
 def write(known: dict[tuple[str, str], str]) -> None:
     killed = sum(row.startswith("`") for row in known.values())
     lines = [f"| {area} | {name} | {row} |\n" for (area, name), row in known.items()]
-    RESULTS.write_text(HEAD.format(killed=killed, count=len(known)) + "".join(lines))
+    total = sum(len(bugs) for bugs, _ in AREAS.values())
+    RESULTS.write_text(HEAD.format(killed=killed, count=len(known), total=total) + "".join(lines))
 
 
 def main() -> int:

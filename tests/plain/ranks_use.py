@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+import re
 import signal
 
 import ranks_cases
@@ -106,7 +107,13 @@ def costs(rank: int, size: int, name: str) -> dict[str, int]:
     sent, called = [], []
     exchange, statistics = fused_vse.distributed.exchange, fused_vse.distributed.statistics
     collectives = Counted(distributed, sent)
-    for function in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor"):
+    names = (
+        "all_gather_single",
+        "reduce_scatter_single",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+    )
+    for function in names:
         if not hasattr(distributed, function):
             continue
         for module in (exchange, fused_vse.distributed.peers, fused_vse.distributed.reduction):
@@ -123,7 +130,8 @@ def costs(rank: int, size: int, name: str) -> dict[str, int]:
     for function, arguments in sent:
         taken = arguments[1]
         wide = "rows" if taken.dim() == 2 and taken.shape[1] == DIM else "numbers"
-        found[f"{function.split('_single')[0]}: {wide}"] += taken.numel() * taken.element_size()
+        name = re.sub("_single|_into_tensor|_tensor", "", function)
+        found[f"{name}: {wide}"] += taken.numel() * taken.element_size()
     for function, arguments in called:
         if function != "positive_scores":
             found[function] += arguments[0].shape[0] * arguments[1].shape[0]
