@@ -69,14 +69,14 @@ def why_not() -> str | None:
     return build.why_not() or (None if shutil.which("nvcc") else "no nvcc")
 
 
-def built(changes: Sequence[Change] = (), architectures: Sequence[str] = ARCHITECTURES) -> Path:
+def built(changes: Sequence[Change] = ()) -> Path:
     """The library; only what a change touches is compiled for it alone."""
     with _changed(changes) as csrc:
         sources = sorted(csrc.glob("cuda/*.cu"))
         own = sorted((HERE / "cuda").glob("*.cpp"))
         includes = ("-isystem", _cuda_include(), "-isystem", TORCH / "include")
         objects = build.in_parallel(
-            [functools.partial(_compiled, source, architectures) for source in sources]
+            [functools.partial(_compiled, source) for source in sources]
             + [functools.partial(build.compiled, source, *includes) for source in own]
         )
     emulator, lib = build.emulator_library(), TORCH / "lib"
@@ -105,7 +105,7 @@ def _changed(changes: Sequence[Change]) -> Iterator[Path]:
         yield csrc
 
 
-def _compiled(source: Path, architectures: Sequence[str]) -> Path:
+def _compiled(source: Path) -> Path:
     """The object file of one .cu file: host code and PTX."""
     command = [
         "nvcc", "-c", source.name, "-o", OUTPUT, "-ccbin", build.compiler()[0],
@@ -113,7 +113,7 @@ def _compiled(source: Path, architectures: Sequence[str]) -> Path:
         "-Xcompiler=-fvisibility=hidden,-fPIC,-O1",
         "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", *TORCH_NVCC_ARGS,
         *(f"-Daoti_torch_{name}=cudaemu_torch_{name}" for name in RENAMED),
-        *(f"-gencode=arch={x},code={x}" for x in architectures), *TORCH_INCLUDES,
+        *(f"-gencode=arch={x},code={x}" for x in ARCHITECTURES), *TORCH_INCLUDES,
     ]  # fmt: skip
     return build.make(f"{source.stem}.o", command, [source], source.parent)
 

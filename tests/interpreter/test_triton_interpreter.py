@@ -24,6 +24,7 @@ def test_kernels_in_the_interpreter(name, request):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
+    too_old = done.returncode != 0 and triton.__version__ < "3.8"
+    if too_old and "only 0-dimensional arrays can be converted to Python scalars" in done.stdout:
         pytest.skip(f"the interpreter of Triton {triton.__version__} needs numpy<2.4")
     assert done.returncode == 0, done.stdout[-20000:]

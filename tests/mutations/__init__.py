@@ -1,6 +1,6 @@
 """Do the tests see deliberate bugs? Each is put into a copy of the sources, one at a time, and the tests run:
 
-    python -m tests.mutations [-k hopper] [--survivors]
+    python -m tests.mutations [-k hopper] [--new] [--survivors]
 
 Results go to RESULTS.md beside this file, a row a bug: what killed it. A survivor needs a test, or a sentence
 why it changes nothing (`Bug.equivalent`).

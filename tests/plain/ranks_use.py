@@ -130,8 +130,8 @@ def costs(rank: int, size: int, name: str) -> dict[str, int]:
     for function, arguments in sent:
         taken = arguments[1]
         wide = "rows" if taken.dim() == 2 and taken.shape[1] == DIM else "numbers"
-        name = re.sub("_single|_into_tensor|_tensor", "", function)
-        found[f"{name}: {wide}"] += taken.numel() * taken.element_size()
+        collective = re.sub("_single|_into_tensor|_tensor", "", function)
+        found[f"{collective}: {wide}"] += taken.numel() * taken.element_size()
     for function, arguments in called:
         if function != "positive_scores":
             found[function] += arguments[0].shape[0] * arguments[1].shape[0]
