@@ -1,8 +1,14 @@
 """Fused losses for visual-semantic embeddings; see README.md."""
 
 from .dispatch import backends
-from .losses import LossStatistics, all_negatives_loss, hardest_negative_loss, hinge_loss
-from .modules import AllNegativesLoss, HardestNegativeLoss, HingeLoss
+from .losses import (
+    LossStatistics,
+    all_negatives_loss,
+    hardest_negative_loss,
+    hinge_loss,
+    sigmoid_loss,
+)
+from .modules import AllNegativesLoss, HardestNegativeLoss, HingeLoss, SigmoidLoss
 from .statistics import (
     HardestNegatives,
     NegativeLogsumexp,
@@ -19,10 +25,12 @@ __all__ = [
     "HingeLoss",
     "LossStatistics",
     "NegativeLogsumexp",
+    "SigmoidLoss",
     "all_negatives_loss",
     "backends",
     "hardest_negative_loss",
     "hardest_negatives",
     "hinge_loss",
     "negative_logsumexp",
+    "sigmoid_loss",
 ]

@@ -217,16 +217,22 @@ def check_temperature(
         value = _check_number(expected, temperature)
         _check_range(name, value)
         return value
-    check_dense(expected, temperature)
-    if temperature.numel() != 1 or temperature.dtype not in FLOATING:
-        raise TypeError(f"{expected}, got {describe(temperature)}")
-    if temperature.device != device and temperature.device.type != "cpu":
-        raise ValueError(
-            f"{name} is on {temperature.device} but images are on {device}; move one of them"
-        )
+    temperature = _check_scalar(expected, name, temperature, device)
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(name, temperature.detach().item())
-    return temperature.reshape(())
+    return temperature
+
+
+def _check_scalar(expected: str, name: str, value: Tensor, device: torch.device) -> Tensor:
+    """0-d"""
+    check_dense(expected, value)
+    if value.numel() != 1 or value.dtype not in FLOATING:
+        raise TypeError(f"{expected}, got {describe(value)}")
+    if value.device != device and value.device.type != "cpu":
+        raise ValueError(
+            f"{name} is on {value.device} but images are on {device}; move one of them"
+        )
+    return value.reshape(())
 
 
 def _check_number(expected: str, value: object) -> float:
@@ -258,13 +264,27 @@ def inverse_temperature(temperature: float | Tensor, like: Tensor) -> float | Te
     return torch.where(in_range, temperature, torch.nan).reciprocal()
 
 
-def check_margin(margin: object, like: Tensor) -> float:
-    value = _check_number("margin must be a float", margin)
+def check_finite(name: str, value: object, like: Tensor, least: float = -math.inf) -> float:
+    """A number at least `least`, finite in the dtype of the scores."""
+    value = _check_number(f"{name} must be a float", value)
     if not -_largest(like) <= value <= _largest(like):
         raise ValueError(
-            f"margin must be finite in {accumulation_dtype(like.dtype)}, the dtype of the scores; got {value}"
+            f"{name} must be finite in {accumulation_dtype(like.dtype)}, the dtype of the scores; got {value}"
         )
+    if value < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
     return value
+
+
+def check_bias(bias: object, like: Tensor, name: str = "bias") -> float | Tensor:
+    """A finite number, or a 0-d tensor on `like`'s device, whose value is only looked at on the CPU."""
+    expected = f"{name} must be a float or a 0-d floating tensor"
+    if not isinstance(bias, Tensor):
+        return check_finite(name, _check_number(expected, bias), like)
+    bias = _check_scalar(expected, name, bias, like.device)
+    if bias.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_finite(name, bias.detach().item(), like)
+    return bias.to(like.device, accumulation_dtype(like.dtype))
 
 
 def _largest(like: Tensor) -> float:

@@ -10,23 +10,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from . import arguments
-from .arguments import check_batch, check_temperature, inverse_temperature
+from .arguments import check_batch, check_flag
 from .dispatch import REFERENCE, choose
 from .distributed.peers import Peers, agree
 from .distributed.reduction import OfAllRanks, shared_by_ranks
+from .formulas import FORMULAS
 from .ops import ALL_NEGATIVES, HARDEST, HARDEST_SMOOTH, HINGE_SUM, Batch
+from .options import SIGMOID, Options, checked_options
 from .small_loss import small_loss
-from .statistics import (
-    HardestNegatives,
-    hardest_statistic,
-    hinge_statistic,
-    logsumexp_statistic,
-)
-
-REDUCTIONS = ("mean", "sum", "none")
+from .statistics import HardestNegatives, hardest_statistic
 
 
 class LossStatistics(NamedTuple):
@@ -46,8 +39,11 @@ def all_negatives_loss(
     scores: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     margin: float = 0.0,
+    false_negative_margin: float | None = None,
+    hardness: float = 0.0,
     image_ids: Tensor | None = None,
     caption_ids: Tensor | None = None,
+    equal_ids: str = "ignore",
     num_pairs: int | None = None,
     direction_weights: tuple[float, float] = (1.0, 1.0),
     reduction: str = "mean",
@@ -77,10 +73,18 @@ def all_negatives_loss(
         temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
             one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
         margin: m, added to the scores of the negatives.
+        false_negative_margin: δ. A negative with s > p + δ is taken for a false one and left out, for that
+            anchor alone, statistics included (Qwen3-Embedding, arXiv 2506.05176). The comparison has no
+            gradient.
+        hardness: β >= 0. The logits of the negatives get β stop_gradient(s), so that hard ones weigh more
+            (LLaVE, arXiv 2503.04812).
         image_ids: [N] integers and
         caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
             negative of image i iff their ids differ, so that several captions of one image are not
             counted against it. Default: the row numbers.
+        equal_ids: what the scores of equal ids beside the pairs are: "ignore", nothing; "positive",
+            positives, too: LSE(s/τ over all of S) - mean(s/τ over the positives) per anchor (SupCon "out",
+            arXiv 2004.11362), for which 16-bit embeddings are converted to float32.
         num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a
             queue, another rank's shard) and never anchors. Default: N, and required if N != M.
         direction_weights: factors of the image direction and of the caption direction.
@@ -107,8 +111,9 @@ def all_negatives_loss(
     """
     inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     return _loss(
-        ALL_NEGATIVES, inputs, temperature, margin, direction_weights, reduction, return_statistics,
-        backend, group,
+        ALL_NEGATIVES, inputs, backend, group, temperature=temperature, margin=margin,
+        false_negative_margin=false_negative_margin, hardness=hardness, equal_ids=equal_ids,
+        direction_weights=direction_weights, reduction=reduction, return_statistics=return_statistics,
     )  # fmt: skip
 
 
@@ -120,6 +125,8 @@ def hardest_negative_loss(
     temperature: float | Tensor = 0.1,
     margin: float = 0.2,
     smooth: bool = False,
+    select: float | None = None,
+    false_negative_margin: float | None = None,
     image_ids: Tensor | None = None,
     caption_ids: Tensor | None = None,
     num_pairs: int | None = None,
@@ -143,7 +150,7 @@ def hardest_negative_loss(
 
     except that a tie between negatives sends the gradient to the smallest index alone. Training from
     scratch can stick at the plateau 2m/τ, where all scores are equal: start with some epochs of
-    `all_negatives_loss`.
+    `all_negatives_loss`, or use `select`.
 
     Args:
         images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised (with
@@ -157,6 +164,12 @@ def hardest_negative_loss(
         margin: m.
         smooth: softplus((m + h - p) / τ), the cross-entropy over {positive, hardest negative},
             instead of the hinge.
+        select: ε. Where |p - h| < ε, as on the plateau, an anchor's loss is the mean of [m + s - p]₊ / τ
+            over its negatives, whose gradient leaves it (selectively hard negatives of RVSE++). Anchors
+            that need it cost a second pass, for all of them one.
+        false_negative_margin: δ. A negative with s > p + δ is taken for a false one and left out, for that
+            anchor alone, statistics included (Qwen3-Embedding, arXiv 2506.05176). The comparison has no
+            gradient.
         image_ids: [N] integers and
         caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
             negative of image i iff their ids differ, so that several captions of one image are not
@@ -186,8 +199,10 @@ def hardest_negative_loss(
     """
     inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     return _loss(
-        HARDEST, inputs, temperature, margin, direction_weights, reduction, return_statistics,
-        backend, group, switch=("smooth", smooth, HARDEST_SMOOTH),
+        HARDEST, inputs, backend, group, switch=("smooth", smooth, HARDEST_SMOOTH),
+        temperature=temperature, margin=margin, select=select,
+        false_negative_margin=false_negative_margin, direction_weights=direction_weights,
+        reduction=reduction, return_statistics=return_statistics,
     )  # fmt: skip
 
 
@@ -198,6 +213,7 @@ def hinge_loss(
     scores: Tensor | None = None,
     margin: float = 0.2,
     hardest: bool = False,
+    false_negative_margin: float | None = None,
     image_ids: Tensor | None = None,
     caption_ids: Tensor | None = None,
     num_pairs: int | None = None,
@@ -222,7 +238,10 @@ def hinge_loss(
             (cross-attention): it is read once forward, and its gradient written once backward. A score of
             -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
         margin: m.
-        hardest: only the hardest negative counts.
+        hardest: only the hardest negative counts; with `false_negative_margin=0` semi-hard mining.
+        false_negative_margin: δ. A negative with s > p + δ is taken for a false one and left out, for that
+            anchor alone, statistics included (Qwen3-Embedding, arXiv 2506.05176). The comparison has no
+            gradient.
         image_ids: [N] integers and
         caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
             negative of image i iff their ids differ, so that several captions of one image are not
@@ -252,126 +271,129 @@ def hinge_loss(
     """
     inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
     return _loss(
-        HINGE_SUM, inputs, 1.0, margin, direction_weights, reduction, return_statistics,
-        backend, group, switch=("hardest", hardest, HARDEST),
+        HINGE_SUM, inputs, backend, group, switch=("hardest", hardest, HARDEST), margin=margin,
+        false_negative_margin=false_negative_margin, direction_weights=direction_weights,
+        reduction=reduction, return_statistics=return_statistics,
     )  # fmt: skip
 
 
-class _Options(NamedTuple):
-    """What all ranks must share, checked."""
+def sigmoid_loss(
+    images: Tensor | None = None,
+    captions: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    bias: float | Tensor = -10.0,
+    image_ids: Tensor | None = None,
+    caption_ids: Tensor | None = None,
+    equal_ids: str = "ignore",
+    num_pairs: int | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    similarity: str = "dot",
+    return_statistics: bool = False,
+    backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor | tuple[Tensor, LossStatistics]:
+    """Pairwise sigmoid loss of SigLIP (arXiv 2303.15343): each entry of S is a yes or a no.
 
-    loss: int
-    inverse_temperature: float | Tensor
-    margin: float
-    direction_weights: tuple[float, float]
-    reduction: str
-    return_statistics: bool
+    Σ over the pairs of softplus(-(p/τ + b)) + Σ over the negatives of softplus(s/τ + b), divided by K.
+    Without ids it equals
+
+        labels = 2 * torch.eye(K) - 1
+        -logsigmoid(labels * (images @ captions.T / temperature + bias)).sum() / K
+
+    Args:
+        images: [N, D] embeddings, float16, bfloat16, float32 or float64; usually L2-normalised.
+        captions: [M, D] embeddings, same dtype and device (under autocast the dtypes may differ).
+        scores: [N, M], a score matrix in place of images and captions, for models that compute one
+            (cross-attention): it is read once forward, and its gradient written once backward. A score of
+            -inf does not leave a pair out, it makes the loss NaN: give both the same id instead.
+        temperature: τ from 1e-10 to 1e10, a float or a 0-d tensor, which gets its gradient if it requires
+            one. One on a GPU or under torch.compile is not looked at: out of range makes the loss NaN.
+        bias: b, a float or a 0-d tensor, likewise.
+        image_ids: [N] integers and
+        caption_ids: [M] integers, the ids of the captions' images (not of the captions): caption j is a
+            negative of image i iff their ids differ. Default: the row numbers.
+        equal_ids: what the scores of equal ids beside the pairs are: "ignore", nothing; "positive", a yes
+            like the pairs' (a pair whose own ids differ is a no, then).
+        num_pairs: K. Image k and caption k are a pair for k < K; later rows are extra negatives (a queue,
+            another rank's shard), compared with the rows of pairs only. Default: N, and required if N != M.
+        reduction: "mean" over the K pairs, "sum", or "none" for [K]: image k's scores, and those of the extra
+            images with caption k.
+        normalize: divide the rows by their L2 norm first: cosine similarity.
+        similarity: "dot", or "order" for -‖max(0, caption - image)‖₂ (order embeddings, arXiv
+            1511.06361), whose gradient is 0 where the difference has no positive part.
+        return_statistics: also return `LossStatistics` (with margin 0), for one more pass over S.
+        backend: "auto", or a name listed by `fused_vse.backends()`.
+        group: the batch is that of all ranks of this process group; see `all_negatives_loss`.
+
+    Returns:
+        The loss in float32 (float64 for float64 input), or (loss, LossStatistics). Any NaN or infinity in the
+        input makes the loss NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
+        RuntimeError: the named backend is not available here, or does not take this batch.
+    """
+    inputs = images, captions, scores, image_ids, caption_ids, num_pairs, similarity, normalize
+    return _loss(
+        SIGMOID, inputs, backend, group, temperature=temperature, bias=bias, equal_ids=equal_ids,
+        reduction=reduction, return_statistics=return_statistics,
+    )  # fmt: skip
 
 
 def _loss(
-    kind: int,
+    kind: int | str,
     inputs: tuple,
-    temperature: float | Tensor,
-    margin: float,
-    direction_weights: tuple[float, float],
-    reduction: str,
-    return_statistics: bool,
     backend: str,
     group: "torch.distributed.ProcessGroup | None",
     switch: tuple[str, bool, int] | None = None,
+    **options,
 ) -> Tensor | tuple[Tensor, LossStatistics]:
     """Every loss: checks, one statistic or one op for the whole, the formula of its kind, the reduction.
 
-    `inputs` are those of `check_batch`; `switch` is a flag of the loss with the kind that it stands for.
+    `inputs` are those of `check_batch`, `options` those of `checked_options`; `switch` is a flag of the loss
+    with the kind that it stands for.
     """
 
-    def check() -> tuple[Batch, _Options]:
+    def check() -> tuple[Batch, Options]:
         batch = check_batch(*inputs, least_pairs=1 if group is None else 0)
-        images, (name, flag, other) = batch.images, switch or ("", False, kind)
-        temperature_ = check_temperature(temperature, images.device)
-        return batch, _Options(
-            other if arguments.check_flag(name, flag) else kind,
-            inverse_temperature(temperature_, images),
-            arguments.check_margin(margin, images),
-            arguments.check_direction_weights(direction_weights, images),
-            arguments.check_choice("reduction", reduction, REDUCTIONS),
-            arguments.check_flag("return_statistics", return_statistics),
-        )
+        name, flag, other = switch or ("", False, kind)
+        return batch, checked_options(other if check_flag(name, flag) else kind, batch, **options)
 
     peers, batch, options = agree(group, check)
-    kind, scale, margin, weights, reduction, return_statistics = options
-    scale = shared_by_ranks(scale, peers)
-
+    options = options._replace(
+        inverse_temperature=shared_by_ranks(options.inverse_temperature, peers),
+        bias=shared_by_ranks(options.bias, peers),
+    )
+    kind, reduction, _, scale, margin, weights, *_ = options
     small = REFERENCE
-    if peers is None and reduction != "none":
+    if peers is None and reduction != "none" and options.has_whole_loss:
         small = choose(backend, "small_loss", batch)
     if small != REFERENCE:
         loss, hardest = small_loss(kind, batch, scale, margin, weights, reduction, small)
     else:
-        loss, hardest = _FORMULAS[kind](batch, scale, margin, backend, peers)
+        loss, hardest = FORMULAS[kind](batch, options, backend, peers)
         loss = _reduce(loss, weights, reduction, peers)
-    if not return_statistics:
+    if not options.return_statistics:
         return loss
     if hardest is None:
         with torch.no_grad():
-            hardest = hardest_statistic(batch, backend, peers)
+            hardest = hardest_statistic(batch, backend, peers, options.false_negative_margin)
     return loss, _loss_statistics(hardest, margin)
-
-
-# The losses of single anchors [2, K], in the scores' dtype, and the hardest negatives if they are at hand.
-# An anchor without negatives contributes 0 and receives no gradient: what would be 0 * inf is left out.
-
-
-def _all_negatives(
-    batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None
-):
-    """-log(e^αp / (e^αp + e^(lse + αm))) = softplus(lse + α(m - p)), whose terms nearly cancel."""
-    positive, reference, log_sum = logsumexp_statistic(batch, scale, backend, peers)
-    difference = scale * (positive - reference - margin) - log_sum
-    return -logsigmoid(difference).to(positive.dtype), None
-
-
-def _hardest(batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None):
-    """α [m + h - p]₊"""
-    hardest = hardest_statistic(batch, backend, peers)
-    return scale * (hardest.scores - hardest.positive_scores + margin).relu(), hardest
-
-
-def _hardest_smooth(
-    batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None
-):
-    """softplus(α (m + h - p))"""
-    hardest = hardest_statistic(batch, backend, peers)
-    alone = hardest.scores == -torch.inf  # not by the index, which a NaN score lacks, too
-    violation = torch.where(alone, 0, hardest.scores - hardest.positive_scores + margin)
-    return torch.where(alone, 0, -logsigmoid(-scale * violation)), hardest
-
-
-def _hinge_sum(
-    batch: Batch, scale: float | Tensor, margin: float, backend: str, peers: Peers | None
-):
-    """Σ [m + s - p]₊"""
-    return hinge_statistic(batch, margin, backend, peers)[1], None
-
-
-_FORMULAS = {
-    ALL_NEGATIVES: _all_negatives,
-    HARDEST: _hardest,
-    HARDEST_SMOOTH: _hardest_smooth,
-    HINGE_SUM: _hinge_sum,
-}
 
 
 def _reduce(
     loss: Tensor, weights: tuple[float, float], reduction: str, peers: Peers | None
 ) -> Tensor:
-    """[2, K] to a scalar, unless reduction is "none"."""
+    """[2, K] (of one direction [1, K]) to a scalar, unless reduction is "none"."""
     if peers is not None and reduction != "none":
         loss = OfAllRanks.apply(loss, peers)
     if weights != (1.0, 1.0):
         loss = torch.stack([loss[0] * weights[0], loss[1] * weights[1]])
     if reduction == "none":
-        return loss
+        return loss if len(loss) == 2 else loss[0]
     total = loss.sum()
     return total / loss.shape[1] if reduction == "mean" else total
 

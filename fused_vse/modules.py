@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_flag, check_temperature
-from .losses import all_negatives_loss, hardest_negative_loss, hinge_loss
+from .arguments import check_finite, check_flag, check_temperature
+from .losses import all_negatives_loss, hardest_negative_loss, hinge_loss, sigmoid_loss
 from .ops import accumulation_dtype
 
 # A learnable temperature is kept within these bounds, as CLIP keeps its logit scale below 100: below,
@@ -87,13 +87,14 @@ class _LossWithTemperature(_Loss):
         return super().forward(images, captions, temperature=self.temperature, **batch)
 
     def extra_repr(self) -> str:
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            value = "?" if temperature.is_meta else f"{temperature.item():.4g}"
-            temperature = f"temperature={value}, learnable"
-        else:
-            temperature = f"temperature={temperature:.4g}"
+        temperature = f"temperature={_shown(self.temperature)}"
         return ", ".join(filter(None, [temperature, super().extra_repr()]))
+
+
+def _shown(value: float | Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value:.4g}"
+    return f"{'?' if value.is_meta else format(value.item(), '.4g')}, learnable"
 
 
 class AllNegativesLoss(_LossWithTemperature):
@@ -128,3 +129,38 @@ class HingeLoss(_Loss):
 
     def __init__(self, **options):
         super().__init__(options)
+
+
+class SigmoidLoss(_LossWithTemperature):
+    """Module form of `sigmoid_loss`.
+
+    Args:
+        temperature: τ; the starting value if it is learnable.
+        bias: b; the starting value if it is learnable.
+        learnable_temperature: as of `AllNegativesLoss`.
+        learnable_bias: make b a parameter, `bias`.
+        **options: keyword arguments of `sigmoid_loss` that stay the same in every call.
+    """
+
+    function = staticmethod(sigmoid_loss)
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        *,
+        learnable_temperature: bool = False,
+        learnable_bias: bool = False,
+        **options,
+    ):
+        super().__init__(temperature, learnable_temperature, options)
+        bias = check_finite("bias", bias, torch.empty(0))
+        learnable = check_flag("learnable_bias", learnable_bias)
+        self.bias = nn.Parameter(torch.tensor(bias)) if learnable else bias
+
+    def forward(self, images: Tensor | None = None, captions: Tensor | None = None, **batch):
+        """The functional loss; `batch` is what changes in every call: ids, `num_pairs`, `scores`."""
+        return super().forward(images, captions, bias=self.bias, **batch)
+
+    def extra_repr(self) -> str:
+        return f"bias={_shown(self.bias)}, {super().extra_repr()}"

@@ -182,6 +182,38 @@ def hinge_sum_backward(
     return new_gradients(batch, *needs)
 
 
+_OF_ENTRIES = "float scale, Tensor? scale_tensor, Tensor bias, bool equal_positive"
+
+
+@_op(
+    f"{_BATCH}, {_OF_ENTRIES}, bool save_scores",
+    "Tensor softplus_sum, Tensor sigmoid_sum, Tensor scores",
+)
+def softplus_sum(batch, scale, scale_tensor, bias, equal_positive, save_scores):
+    """softplus_sum = sum log(1 + exp(x)) with x = a s + bias [] over the negatives; sigmoid_sum likewise of
+    1 / (1 + exp(-x)), its derivative by the bias. a as of negative_logsumexp.
+
+    Every entry of S counts once: for its row anchor, and where its row is none for its column anchor.
+    equal_positive: given ids, the entries of equal ids count as well, pairs too, with x = -(a s + bias) and,
+    in sigmoid_sum, a minus.
+    """
+    return _statistic(batch), _statistic(batch), _saved_scores(batch, save_scores)
+
+
+@_op(
+    f"{_BATCH}, {_OF_ENTRIES}, Tensor softplus_sum, Tensor scores, Tensor d_positive,"
+    f" Tensor d_softplus_sum, {_NEEDS}",
+    f"{_GRADIENTS}, Tensor d_scale",
+)
+def softplus_sum_backward(
+    batch, scale, scale_tensor, bias, equal_positive, softplus_sum, scores, d_positive,
+    d_softplus_sum, *needs,
+):  # fmt: skip
+    """With q_ij = +-sigmoid(x) g of the entry's anchor, g = d_softplus_sum, the gradient by S is a q, and
+    d_positive at the pairs. d_scale [] = sum q s. (That by the bias is sum sigmoid_sum g.)"""
+    return *new_gradients(batch, *needs), _new(batch, ())
+
+
 @_op(
     "Tensor images, Tensor captions, Tensor? image_ids, Tensor? caption_ids, SymInt num_pairs, int kind,"
     " float scale, Tensor? scale_tensor, float margin, float image_weight, float caption_weight, bool mean,"
@@ -255,6 +287,19 @@ def new_gradients(batch: Batch, need_images: bool, need_captions: bool, accumula
     )
 
 
+def ceiling_of(positive: Tensor, false_negative_margin: float | None) -> Tensor | None:
+    """[2 K]: above it, a negative is taken for a false one."""
+    if false_negative_margin is None:
+        return None
+    return (positive.detach() + false_negative_margin).repeat(2)
+
+
+def threshold_of(positive: Tensor, margin: float, inside: Tensor | None) -> Tensor:
+    """[2 K]: where hinges begin; for an anchor that is not `inside` [2 K] nowhere."""
+    threshold = (positive - margin).repeat(2)
+    return threshold if inside is None else threshold.where(inside, torch.inf)
+
+
 def check(batch: Batch, **tensors: Tensor | None) -> None:
     """What a backend in Python asks of a direct call before a kernel runs: nothing is read out of bounds.
 
@@ -294,7 +339,7 @@ def check(batch: Batch, **tensors: Tensor | None) -> None:
             size = {"image_ids": rows, "caption_ids": columns, "d_positive": pairs}[name]
         elif name == "scores":
             size = rows * columns if x.numel() else 0
-        elif name == "scale_tensor":
+        elif name in ("scale_tensor", "bias"):
             size = None
         if name in ("image_ids", "caption_ids", "index"):
             dtype = torch.int64

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 class _Scores(NamedTuple):
@@ -166,3 +167,29 @@ def hinge_sum(*arguments) -> tuple[Tensor, Tensor]:
         sums.append(hinge.sum(1) + poison)
         counts.append((hinge.detach() > 0).sum(1))
     return torch.cat(sums), torch.cat(counts)
+
+
+@_without_autocast
+def softplus_sum(*arguments) -> tuple[Tensor, Tensor]:
+    """An entry counts for its row anchor, or where its row is none for its column anchor."""
+    *batch, scale, bias, equal_positive = arguments
+    directions, poison = _directions(batch, None)
+    sums, slopes = [], []
+    for (s, counts), first in zip(directions, (0, batch[4]), strict=True):
+        s, counts = s[:, first:], counts[:, first:]
+        sign = 1
+        if equal_positive and batch[2] is not None:
+            sign, counts = torch.where(counts, 1, -1), torch.ones_like(counts)
+        x = sign * (scale * s + bias)
+        sums.append(-logsigmoid(-x).masked_fill(~counts, 0).sum(1) + poison)
+        slopes.append((sign * x.detach().sigmoid()).masked_fill(~counts, 0).sum(1))
+    return torch.cat(sums), torch.cat(slopes)
+
+
+@_without_autocast
+def equal_sums(*batch) -> tuple[Tensor, Tensor]:
+    """The sum of an anchor's scores with what has its id, and how many there are."""
+    (scores, negative, poison), rows, columns = _scores(*batch), batch[4], batch[5]
+    equal = scores.masked_fill(negative, 0)
+    counts = [(~negative[:rows]).sum(1), (~negative[:, :columns]).sum(0)]
+    return torch.cat([equal[:rows].sum(1), equal[:, :columns].sum(0)]) + poison, torch.cat(counts)

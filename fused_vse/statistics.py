@@ -13,12 +13,26 @@ from torch import Tensor
 
 from . import reference
 from .arguments import check_batch, check_temperature, inverse_temperature
+from .autograd import (
+    HardestNegativesOp,
+    HingeSumOp,
+    NegativeLogsumexpOp,
+    SoftplusSumOp,
+    needs_grad,
+)
 from .dispatch import REFERENCE, choose
 from .distributed.peers import Peers, agree
 from .distributed.reduction import shared_by_ranks
-from .distributed.statistics import Hardest, HingeSum, Logsumexp, statistic_over_ranks
-from .first_order import first_order_only
-from .ops import Batch, ops_of
+from .distributed.statistics import (
+    EqualSum,
+    Hardest,
+    HingeSum,
+    Logsumexp,
+    SoftplusSum,
+    statistic_over_ranks,
+)
+from .equal import equal_sums
+from .ops import Batch, ceiling_of, threshold_of
 
 
 class HardestNegatives(NamedTuple):
@@ -162,142 +176,152 @@ def checked(
     return batch, shared_by_ranks(scale, peers), peers
 
 
-def hardest_statistic(batch: Batch, backend: str, peers: Peers | None = None) -> HardestNegatives:
+def hardest_statistic(
+    batch: Batch,
+    backend: str,
+    peers: Peers | None = None,
+    false_negative_margin: float | None = None,
+) -> HardestNegatives:
     if peers is not None:
-        positive, score, index = statistic_over_ranks(Hardest(), batch, peers, backend)
-        return HardestNegatives(positive, _two_rows(score), _two_rows(index))
-    backend = choose(backend, "hardest_negatives", batch)
-    if backend == REFERENCE:
+        statistic = Hardest(false_negative_margin)
+        positive, score, index = statistic_over_ranks(statistic, batch, peers, backend)
+    elif (backend := choose(backend, "hardest_negatives", batch)) == REFERENCE:
         batch = reference.widened(batch)
         positive = reference.positive_scores(*batch)
-        score, index = reference.hardest_negatives(*batch, None)
+        ceiling = ceiling_of(positive, false_negative_margin)
+        score, index = reference.hardest_negatives(*batch, ceiling)
     else:
-        positive, score, index = _HardestNegatives.apply(backend, None, *batch)
+        positive, score, index = HardestNegativesOp.apply(backend, false_negative_margin, *batch)
     return HardestNegatives(positive, _two_rows(score), _two_rows(index))
 
 
 def logsumexp_statistic(
-    batch: Batch, scale: float | Tensor, backend: str, peers: Peers | None = None
+    batch: Batch,
+    scale: float | Tensor,
+    backend: str,
+    peers: Peers | None = None,
+    false_negative_margin: float | None = None,
+    hardness: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Positive scores [K]; reference and log-sum [2, K], of which scale * reference + log-sum is
-    log Σ exp(scale * s). The reference is a constant to autograd; ops.py says why they are apart.
+    log Σ exp(scale * s + hardness * s), where the second s is a constant to autograd. So is the reference;
+    ops.py says why they are apart.
 
     `scale` = 1 / temperature, as `inverse_temperature` gives it.
     """
-    number, tensor = (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    if hardness:
+        # The same at scale + hardness. Its gradient by s is to be multiplied by scale alone, that by the
+        # scale to stay.
+        share = scale / (scale + hardness)
+        wider = scale + hardness
+        if isinstance(scale, Tensor):
+            share = share.detach()
+            wider = _ScaledGradient.apply(wider, 1 / share)
+        statistic = logsumexp_statistic(batch, wider, backend, peers, false_negative_margin)
+        positive, constant, log_sum = statistic
+        log_sum = _ScaledGradient.apply(log_sum, share) + hardness * constant
+        return positive, constant, log_sum
+    number, tensor = _number_or_tensor(scale)
     if peers is not None:
-        statistic = Logsumexp(number, tensor)
+        statistic = Logsumexp(number, tensor, false_negative_margin)
         positive, constant, log_sum = statistic_over_ranks(statistic, batch, peers, backend)
     elif (backend := choose(backend, "negative_logsumexp", batch)) == REFERENCE:
         batch = reference.widened(batch)
         positive = reference.positive_scores(*batch)
-        constant, log_sum = reference.negative_logsumexp(*batch, None, scale)
+        ceiling = ceiling_of(positive, false_negative_margin)
+        constant, log_sum = reference.negative_logsumexp(*batch, ceiling, scale)
     else:
         save_scores = needs_grad(batch.images, batch.captions, tensor)
-        positive, constant, log_sum = _NegativeLogsumexp.apply(
-            backend, save_scores, None, number, tensor, *batch
+        positive, constant, log_sum = NegativeLogsumexpOp.apply(
+            backend, save_scores, false_negative_margin, number, tensor, *batch
         )
     return positive, _two_rows(constant), _two_rows(log_sum)
 
 
+class _ScaledGradient(torch.autograd.Function):
+    """Identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
 def hinge_statistic(
-    batch: Batch, margin: float, backend: str, peers: Peers | None = None
+    batch: Batch,
+    margin: float,
+    backend: str,
+    peers: Peers | None = None,
+    false_negative_margin: float | None = None,
+    inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positive scores [K] and Σ [margin + s - p]₊ over the negatives [2, K]."""
+    """Positive scores [K] and Σ [margin + s - p]₊ over the negatives [2, K], 0 for anchors not `inside`
+    [2, K]."""
+    inside = None if inside is None else inside.reshape(-1)
     if peers is not None:
-        positive, total, _ = statistic_over_ranks(HingeSum(margin), batch, peers, backend)
+        statistic = HingeSum(margin, false_negative_margin, inside)
+        positive, total, _ = statistic_over_ranks(statistic, batch, peers, backend)
     elif (backend := choose(backend, "hinge_sum", batch)) == REFERENCE:
         batch = reference.widened(batch)
         positive = reference.positive_scores(*batch)
-        threshold = (positive - margin).repeat(2)
-        total, _ = reference.hinge_sum(*batch, None, threshold)
+        ceiling = ceiling_of(positive, false_negative_margin)
+        threshold = threshold_of(positive, margin, inside)
+        total, _ = reference.hinge_sum(*batch, ceiling, threshold)
     else:
         save_scores = needs_grad(batch.images, batch.captions)
-        positive, total = _HingeSum.apply(backend, save_scores, None, margin, *batch)
+        positive, total = HingeSumOp.apply(
+            backend, save_scores, false_negative_margin, margin, inside, *batch
+        )
     return positive, _two_rows(total)
+
+
+def softplus_statistic(
+    batch: Batch,
+    scale: float | Tensor,
+    bias: Tensor,
+    equal_positive: bool,
+    backend: str,
+    peers: Peers | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Positive scores [K] and Σ log(1 + exp(x)) [2, K] over the entries with x = scale s + bias; ops.py says
+    which."""
+    number, tensor = _number_or_tensor(scale)
+    if peers is not None:
+        statistic = SoftplusSum(number, tensor, bias, equal_positive)
+        positive, total, _ = statistic_over_ranks(statistic, batch, peers, backend)
+    elif (backend := choose(backend, "softplus_sum", batch)) == REFERENCE:
+        batch = reference.widened(batch)
+        positive = reference.positive_scores(*batch)
+        total, _ = reference.softplus_sum(*batch, scale, bias, equal_positive)
+    else:
+        save_scores = needs_grad(batch.images, batch.captions, tensor, bias)
+        positive, total = SoftplusSumOp.apply(
+            backend, save_scores, number, tensor, bias, equal_positive, *batch
+        )
+    return positive, _two_rows(total)
+
+
+def equal_statistic(
+    batch: Batch, backend: str, peers: Peers | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of an anchor's scores with everything that has its id, and how many that are [2, K]."""
+    if peers is not None:
+        _, total, count = statistic_over_ranks(EqualSum(), batch, peers, backend)
+    elif choose(backend, "positive_scores", batch) == REFERENCE:
+        total, count = reference.equal_sums(*batch)
+    else:
+        total, count = equal_sums(batch)
+    return _two_rows(total), _two_rows(count)
+
+
+def _number_or_tensor(scale: float | Tensor) -> tuple[float, Tensor | None]:
+    """As the ops take it."""
+    return (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
 
 
 def _two_rows(statistic: Tensor) -> Tensor:
     return statistic.view(2, -1)
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _save(ctx, batch: tuple, *others: Tensor | None) -> None:
-    ctx.anchors = batch[4:]
-    ctx.save_for_backward(*batch[:4], *others)
-
-
-def _load(ctx) -> tuple[tuple, list[Tensor | None]]:
-    """The batch, and what else was saved."""
-    tensors = ctx.saved_tensors
-    return (*tensors[:4], *ctx.anchors), list(tensors[4:])
-
-
-_NONES = (None,) * (len(Batch._fields) - 2)
-
-
-# The functions have no setup_context, for which torch inspects the signature in every call: some 40 µs.
-class _HardestNegatives(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, ceiling, *batch):
-        ops, ctx.backend = ops_of(backend), backend
-        score, index = ops.hardest_negatives(*batch, ceiling)
-        ctx.mark_non_differentiable(index)
-        _save(ctx, batch, score, index)
-        return ops.positive_scores(*batch), score, index
-
-    @staticmethod
-    def backward(ctx, d_positive, d_score, _):
-        batch, saved = _load(ctx)
-        needed = ctx.needs_input_grad[2:4]
-        gradients = ops_of(ctx.backend).hardest_negatives_backward(
-            *batch, *saved, d_positive, d_score, *needed, False
-        )
-        return None, None, *first_order_only(*gradients, needed=needed), *_NONES
-
-
-class _NegativeLogsumexp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, save_scores, ceiling, scale, scale_tensor, *batch):
-        ops, ctx.backend, ctx.scale = ops_of(backend), backend, scale
-        constant, log_sum, scores = ops.negative_logsumexp(
-            *batch, ceiling, scale, scale_tensor, save_scores
-        )
-        ctx.mark_non_differentiable(constant)
-        _save(ctx, batch, ceiling, scale_tensor, constant, log_sum, scores)
-        return ops.positive_scores(*batch), constant, log_sum
-
-    @staticmethod
-    def backward(ctx, d_positive, _, d_log_sum):
-        batch, (ceiling, scale_tensor, *saved) = _load(ctx)
-        needed = ctx.needs_input_grad[5:7]
-        gradients = ops_of(ctx.backend).negative_logsumexp_backward(
-            *batch, ceiling, ctx.scale, scale_tensor, *saved, d_positive, d_log_sum, *needed, False
-        )
-        needed = *needed, ctx.needs_input_grad[4]
-        d_images, d_captions, d_scale = first_order_only(*gradients, needed=needed)
-        return None, None, None, None, d_scale, d_images, d_captions, *_NONES
-
-
-class _HingeSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, save_scores, ceiling, margin, *batch):
-        ops, ctx.backend = ops_of(backend), backend
-        positive = ops.positive_scores(*batch)
-        threshold = (positive - margin).repeat(2)
-        total, active, scores = ops.hinge_sum(*batch, ceiling, threshold, save_scores)
-        _save(ctx, batch, ceiling, threshold, total, scores, active)
-        return positive, total
-
-    @staticmethod
-    def backward(ctx, d_positive, d_total):
-        batch, (*saved, active) = _load(ctx)
-        needed = ctx.needs_input_grad[4:6]
-        of_thresholds = (active * d_total).view(2, -1).sum(0)
-        gradients = ops_of(ctx.backend).hinge_sum_backward(
-            *batch, *saved, d_positive - of_thresholds, d_total, *needed, False
-        )
-        return None, None, None, None, *first_order_only(*gradients, needed=needed), *_NONES

@@ -85,6 +85,18 @@ def hinge_sum(batch, ceiling, threshold) -> tuple[Tensor, Tensor]:
     return torch.cat(sums), torch.cat(active)
 
 
+def softplus_sum(batch, scale, bias, equal_positive) -> Tensor:
+    """An entry counts for its row anchor, or where its row is none for its column anchor."""
+    scores, r = scores_of(batch), batch[4]
+    sums = []
+    for (s, counts), first in zip(_directions(batch, scores), (0, r), strict=True):
+        x, counts = (scale * s + bias)[:, first:], counts[:, first:]
+        if equal_positive and batch[2] is not None:
+            x, counts = torch.where(counts, x, -x), torch.ones_like(counts)
+        sums.append(torch.logaddexp(x, torch.zeros_like(x)).masked_fill(~counts, 0).sum(1))
+    return torch.cat(sums)
+
+
 def positive_scores(batch) -> Tensor:
     row, column, count = batch[6:9]
     return scores_of(batch).s[row : row + count, column : column + count].diagonal()

@@ -89,8 +89,9 @@ Gradients hinge_sum_backward(const Batch& batch, const OptionalTensor& ceiling, 
       return nan_gradients(batch, needs);
     const PerAnchor<T> of_anchors = thresholds<T>(batch, threshold);
     const PerAnchor<T> g(batch, upstream_of<T>(d_hinge_sum, "d_hinge_sum", batch.anchors()), 0);
+    const Pass<T> pass(batch, ceiling);
     return dense_gradients<T>(
-        batch, ceiling, scores, d_positive, needs, [&](const Strip<T>& strip, const GradientStrip<T>& out) {
+        pass, scores, d_positive, needs, [&](const Strip<T>& strip, const GradientStrip<T>& out) {
           const int64_t row = strip.row(), col = strip.col();
           kernels<T>().hinge_gradient(strip.scores, &of_anchors.rows[row], &g.rows[row],
                                       &of_anchors.cols[col], &g.cols[col], out.g, out.ld);

@@ -15,7 +15,7 @@ constexpr T EXCLUDED = std::numeric_limits<T>::lowest();
 // A few rows of S for the anchors of these rows, and of some columns.
 template <typename T>
 struct StripScores {
-  const T* s;              // [rows, cols]; excluded entries hold EXCLUDED: they lose every maximum, and
+  T* s;                    // [rows, cols]; excluded entries hold EXCLUDED: they lose every maximum, and
   int64_t rows, cols, ld;  // vanish in every exponential and hinge
   // Only s <= ceiling counts for an anchor: [rows], [cols], or both null.
   const T *row_ceiling = nullptr, *col_ceiling = nullptr;
@@ -61,6 +61,13 @@ struct Kernels {
   // g = [s > row_threshold] row_weight + [s > col_threshold] col_weight.
   void (*hinge_gradient)(const StripScores<T>&, const T* row_threshold, const T* row_weight,
                          const T* col_threshold, const T* col_weight, T* g, int64_t ld_g);
+  // With x = scale * s + bias: row_sum[r] = sum_c log(1 + exp(x)), row_slope likewise of 1 / (1 + exp(-x));
+  // col_* += likewise. (Ceilings are not looked at.)
+  void (*softplus_sums)(const StripScores<T>&, double scale, double bias, T* row_sum, T* row_slope,
+                        T* col_sum, T* col_slope);
+  // g = weight / (1 + exp(-x)), weight = row_weight + col_weight; returns sum g * s.
+  double (*softplus_gradient)(const StripScores<T>&, double scale, double bias, const T* row_weight,
+                              const T* col_weight, T* g, int64_t ld_g);
 };
 
 template <typename T>

@@ -352,6 +352,66 @@ void hinge_gradient(const StripScores<T>& strip, const T* row_threshold, const T
   });
 }
 
+// log(1 + y) for y in [0, 1], by 2 atanh(y / (2 + y)): exact to rounding however small y is.
+inline Vec<float> log1p(Vec<float> y) {
+  const Vec<float> z = y / (y + 2), u = z * z;
+  Vec<float> p = broadcast<float>(1 / 13.0f);
+  for (const float c : {1 / 11.0f, 1 / 9.0f, 1 / 7.0f, 1 / 5.0f, 1 / 3.0f, 1.0f}) p = p * u + c;
+  return 2 * z * p;
+}
+
+inline Vec<double> log1p(Vec<double> y) {
+  for (int64_t k = 0; k < LANES<double>; ++k) y[k] = __builtin_log1p(y[k]);
+  return y;
+}
+
+// log(1 + exp(x)) and its derivative.
+template <typename T>
+struct Softplus {
+  explicit Softplus(Vec<T> x) {
+    const Vec<T> zero = {}, y = power(exponent<T>(x > zero ? -x : x, Unit<T>(1)));
+    value = max<T>(x, zero) + log1p(y);
+    slope = (x > zero ? broadcast<T>(1) : y) / (y + 1);
+  }
+  Vec<T> value, slope;
+};
+
+template <typename T>
+void softplus_sums(const StripScores<T>& strip, double scale, double bias, T* row_sum, T* row_slope,
+                   T* col_sum, T* col_slope) {
+  const Vec<T> a = broadcast<T>(T(scale)), b = broadcast<T>(T(bias));
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    Vec<T> sum = {}, slopes = {};
+    for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+      const Softplus<T> f(access.load(strip.row(r) + c, EXCLUDED<T>) * a + b);
+      sum += f.value;
+      slopes += f.slope;
+      access.store(col_sum + c, access.load(col_sum + c) + f.value);
+      access.store(col_slope + c, access.load(col_slope + c) + f.slope);
+    });
+    row_sum[r] = horizontal_sum<T>(sum);
+    row_slope[r] = horizontal_sum<T>(slopes);
+  }
+}
+
+template <typename T>
+double softplus_gradient(const StripScores<T>& strip, double scale, double bias, const T* row_weight,
+                         const T* col_weight, T* g, int64_t ld_g) {
+  const Vec<T> a = broadcast<T>(T(scale)), b = broadcast<T>(T(bias));
+  double total = 0;
+  for (int64_t r = 0; r < strip.rows; ++r) {
+    Vec<T> sum = {};
+    for_each_vec<T>(strip.cols, [&](int64_t c, auto access) __attribute__((always_inline)) {
+      const Vec<T> s = access.load(strip.row(r) + c, EXCLUDED<T>);
+      const Vec<T> q = Softplus<T>(s * a + b).slope * (access.load(col_weight + c) + row_weight[r]);
+      sum += q * s;
+      access.store(g + r * ld_g + c, q);
+    });
+    total += horizontal_sum<T>(sum);
+  }
+  return total;
+}
+
 template <typename T>
 constexpr Kernels<T> TABLE = {
     pairs<T, DotProduct>,
@@ -366,6 +426,8 @@ constexpr Kernels<T> TABLE = {
     exp_gradient<T>,
     hinge_sums<T>,
     hinge_gradient<T>,
+    softplus_sums<T>,
+    softplus_gradient<T>,
 };
 
 }  // namespace

@@ -162,8 +162,9 @@ std::tuple<Tensor, Tensor, Tensor> negative_logsumexp_backward(
     }
     const Weights<T> w(batch, a, references, log_sums, g);
     std::vector<double> totals(GROUPS * TILE_PANELS);
+    const Pass<T> pass(batch, ceiling);
     const Gradients gradients = dense_gradients<T>(
-        batch, ceiling, scores, d_positive, needs, [&](const Strip<T>& strip, const GradientStrip<T>& out) {
+        pass, scores, d_positive, needs, [&](const Strip<T>& strip, const GradientStrip<T>& out) {
           totals[strip.group * TILE_PANELS + strip.panel] += kernels<T>().exp_gradient(
               strip.scores, a, &w.reference.rows[strip.row()], &w.weight.rows[strip.row()],
               &w.reference.cols[strip.col()], &w.weight.cols[strip.col()], out.g, out.ld);

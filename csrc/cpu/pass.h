@@ -41,8 +41,9 @@ struct Strip {
 template <typename T>
 class Pass {
  public:
-  explicit Pass(const Batch& batch, const OptionalTensor& ceiling = std::nullopt)
-      : batch(batch), excluded_(batch) {
+  // `keeps_excluded`: what is excluded is left to the tasks.
+  explicit Pass(const Batch& batch, const OptionalTensor& ceiling = std::nullopt, bool keeps_excluded = false)
+      : batch(batch), excluded_(batch), keeps_excluded_(keeps_excluded) {
     if (ceiling) ceiling_.emplace(batch, vector_of<T>(*ceiling, "ceiling", batch.anchors()), INFINITE<T>);
   }
 
@@ -66,9 +67,8 @@ class Pass {
           }
           if (!source.read(strip, buffer.get())) finite = false;
           if (!finite) return;
-          for (int64_t i = 0; i < rows; ++i)
-            excluded_.for_each(strip.row() + i, strip.col(), strip.col() + cols,
-                               [&](int64_t j) { buffer[i * cols + j - strip.col()] = EXCLUDED<T>; });
+          if (!keeps_excluded_)
+            for_each_excluded(strip, [&](int64_t i, int64_t j) { buffer[i * cols + j] = EXCLUDED<T>; });
           task(strip);
         }
       });
@@ -76,6 +76,14 @@ class Pass {
       finish(tile);
     }
     return true;
+  }
+
+  // f(row, column) of the strip
+  template <typename F>
+  void for_each_excluded(const Strip<T>& strip, const F& f) const {
+    for (int64_t i = 0; i < strip.rows(); ++i)
+      excluded_.for_each(strip.row() + i, strip.col(), strip.col() + strip.cols(),
+                         [&](int64_t j) { f(i, j - strip.col()); });
   }
 
   // How many groups there are, and where a task keeps what it finds for a row of the tile.
@@ -87,6 +95,7 @@ class Pass {
 
  private:
   const ExcludedPairs excluded_;
+  const bool keeps_excluded_;
   std::optional<PerAnchor<T>> ceiling_;
 };
 

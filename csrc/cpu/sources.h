@@ -24,8 +24,9 @@ auto with_source(const Batch& batch, const KeptScores& kept, const F& f) {
 
 // S again (or kept), in its place G by write(strip, g), the pairs' d_positive added, and what follows of it.
 template <typename T, typename Write>
-Gradients dense_gradients(const Batch& batch, const OptionalTensor& ceiling, const Tensor& scores,
-                          const Tensor& d_positive, const Needs& needs, const Write& write) {
+Gradients dense_gradients(const Pass<T>& pass, const Tensor& scores, const Tensor& d_positive,
+                          const Needs& needs, const Write& write) {
+  const Batch& batch = pass.batch;
   const int64_t kept = scores.numel();
   STD_TORCH_CHECK(scores.scalar_type() == SCALAR_TYPE<T>, "scores has the wrong dtype");
   STD_TORCH_CHECK(kept == 0 || (batch.captions && kept == batch.n() * batch.m()),
@@ -34,7 +35,6 @@ Gradients dense_gradients(const Batch& batch, const OptionalTensor& ceiling, con
                       batch.pair_column + batch.pair_count <= batch.column_anchors,
                   "pair_count: there are pairs without an anchor");
   const std::vector<T> direct = upstream_of<T>(d_positive, "d_positive", batch.pair_count);
-  const Pass<T> pass(batch, ceiling);
   return with_source<T>(batch, {scores, true}, [&](auto& source) {
     typename std::decay_t<decltype(source)>::Sink sink(source, batch, direct.data(), needs);
     const auto task = [&](const Strip<T>& strip) {

@@ -13,7 +13,8 @@ import torch
 from .. import ops
 
 HOPPER = ("hardest_negatives", "negative_logsumexp", "hinge_sum")
-OPS = ("positive_scores", *HOPPER, *(f"{name}_backward" for name in HOPPER))
+STATISTICS = (*HOPPER, "softplus_sum")
+OPS = ("positive_scores", *STATISTICS, *(f"{name}_backward" for name in STATISTICS))
 
 
 def _op(name: str, *arguments):

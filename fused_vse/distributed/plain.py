@@ -39,26 +39,35 @@ class _GatherRows(torch.autograd.Function):
         return received[: counts[peers.rank]], None, None
 
 
+gather_side = _GatherRows.apply
+
+
 def statistic_of_rows(statistic, batch: Batch, peers: Peers) -> tuple[Tensor, Tensor, Tensor]:
     """Own rows with all columns, and own columns with all rows: twice the scores, by the plain formulas."""
     batch, k = reference.widened(batch), batch.pair_count
     before = sum(peers.pairs[: peers.rank])
     captions, images = (
-        _GatherRows.apply(x, peers, counts)
+        gather_side(x, peers, counts)
         for x, counts in ((batch.captions, peers.captions), (batch.images, peers.images))
     )
     caption_ids = image_ids = None
     if batch.image_ids is not None:
-        caption_ids = _GatherRows.apply(batch.caption_ids, peers, peers.captions)
-        image_ids = _GatherRows.apply(batch.image_ids, peers, peers.images)
+        caption_ids = gather_side(batch.caption_ids, peers, peers.captions)
+        image_ids = gather_side(batch.image_ids, peers, peers.images)
     of_rows = batch._replace(
         captions=captions, caption_ids=caption_ids, column_anchors=0, pair_column=before
     )
     of_columns = batch._replace(images=images, image_ids=image_ids, row_anchors=0, pair_row=before)
+    if statistic.counts_once:  # what no row anchor has seen
+        pairs = sum(peers.pairs)
+        rest = None if image_ids is None else image_ids[pairs:]
+        of_columns = of_columns._replace(
+            images=images[pairs:], image_ids=rest, pair_row=0, pair_count=0
+        )
     positive = reference.positive_scores(*batch)
     vectors = statistic.vectors(positive)
     results = [
-        statistic.plain(*part, *(x if x is None else x[:k] for x in vectors))
-        for part in (of_rows, of_columns)
+        statistic.plain(*part, *(x if x is None else x[own] for x in vectors))
+        for part, own in ((of_rows, slice(k)), (of_columns, slice(k, None)))
     ]
     return positive, *(torch.cat(x) for x in zip(*results, strict=True))

@@ -35,7 +35,7 @@ def shared_by_ranks(number: float | Tensor, peers: Peers | None) -> float | Tens
 
 
 class OfAllRanks(torch.autograd.Function):
-    """[2, K] of the own pairs to [2, K] of the pairs of all ranks, in the order of one process.
+    """[.., K] of the own pairs to [.., K] of the pairs of all ranks, in the order of one process.
 
     The gradient is that of W times the own columns: DistributedDataParallel averages over the W ranks.
     """
@@ -44,7 +44,7 @@ class OfAllRanks(torch.autograd.Function):
     def forward(ctx, own, peers):
         ctx.peers = peers
         longest = max(peers.pairs)
-        gathered = own.new_empty(peers.size * longest, 2)
+        gathered = own.new_empty(peers.size * longest, own.shape[0])
         all_gather(gathered, padded(own.T, longest), peers.group)
         parts = gathered.unflatten(0, (-1, longest))
         return torch.cat([part[:k] for part, k in zip(parts, peers.pairs, strict=True)]).T
@@ -53,3 +53,15 @@ class OfAllRanks(torch.autograd.Function):
     def backward(ctx, gradient):
         own = gradient.split(ctx.peers.pairs, 1)[ctx.peers.rank]
         return own * ctx.peers.size, None
+
+
+def anywhere(flags: Tensor, peers: Peers | None) -> bool:
+    """Whether any is set, on any rank. True where that must not be waited for."""
+    if torch.compiler.is_compiling() or (
+        flags.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
+        return True
+    some = flags.any().to(torch.int32)
+    if peers is not None:
+        distributed.all_reduce(some, distributed.ReduceOp.MAX, peers.group)
+    return bool(some)

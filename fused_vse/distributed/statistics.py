@@ -20,21 +20,25 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import REFERENCE, choose
+from ..equal import equal_sums, equal_sums_backward
 from ..first_order import first_order_only
-from ..ops import Batch, accumulation_dtype, ops_of
+from ..ops import Batch, accumulation_dtype, ceiling_of, ops_of, threshold_of
 from .exchange import Exchange
 from .peers import Peers
 from .plain import statistic_of_rows
 
 # A statistic as the exchange needs it: the op, how results of several parts merge, the op's backward pass.
 # Results are pairs of tensors with one number an anchor; `vectors`, arguments of the ops, have one likewise.
+# `counts_once`: an entry counts for its row anchor, and where its row is none for its column anchor.
 
 
 class Hardest(NamedTuple):
+    false_negative_margin: float | None = None
     op: str = "hardest_negatives"
+    counts_once = False
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return [None]
+        return [ceiling_of(positive, self.false_negative_margin)]
 
     def forward(self, ops, batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
         return ops.hardest_negatives(*batch, ceiling)
@@ -57,10 +61,12 @@ class Hardest(NamedTuple):
 class Logsumexp(NamedTuple):
     scale: float
     scale_tensor: Tensor | None
+    false_negative_margin: float | None = None
     op: str = "negative_logsumexp"
+    counts_once = False
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return [None]
+        return [ceiling_of(positive, self.false_negative_margin)]
 
     def forward(self, ops, batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
         return ops.negative_logsumexp(*batch, ceiling, self.scale, self.scale_tensor, False)[:2]
@@ -85,17 +91,20 @@ class Logsumexp(NamedTuple):
 
 class HingeSum(NamedTuple):
     margin: float
+    false_negative_margin: float | None = None
+    inside: Tensor | None = None
     op: str = "hinge_sum"
+    counts_once = False
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return [None, (positive - self.margin).repeat(2)]
+        ceiling = ceiling_of(positive, self.false_negative_margin)
+        return [ceiling, threshold_of(positive, self.margin, self.inside)]
 
     def forward(self, ops, batch: Batch, ceiling, threshold) -> tuple[Tensor, Tensor]:
         return ops.hinge_sum(*batch, ceiling, threshold, False)[:2]
 
     def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        totals, active = (torch.stack(x) for x in zip(*parts, strict=True))
-        return totals.sum(0), active.sum(0)
+        return _sums(parts)
 
     def plain(self, *arguments) -> tuple[Tensor, Tensor]:
         return reference.hinge_sum(*arguments)
@@ -105,13 +114,71 @@ class HingeSum(NamedTuple):
         return *ops.hinge_sum_backward(*batch, *options, d_positive, d, *needs), None
 
 
+class SoftplusSum(NamedTuple):
+    scale: float
+    scale_tensor: Tensor | None
+    bias: Tensor
+    equal_positive: bool
+    op: str = "softplus_sum"
+    counts_once = True
+
+    @property
+    def entries(self) -> tuple:
+        return self.scale, self.scale_tensor, self.bias, self.equal_positive
+
+    def vectors(self, positive: Tensor) -> list[Tensor | None]:
+        return []
+
+    def forward(self, ops, batch: Batch) -> tuple[Tensor, Tensor]:
+        return ops.softplus_sum(*batch, *self.entries, False)[:2]
+
+    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return _sums(parts)
+
+    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
+        scale = self.scale if self.scale_tensor is None else self.scale_tensor
+        return reference.softplus_sum(*arguments, scale, self.bias, self.equal_positive)
+
+    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
+        options = *self.entries, merged[0], merged[0].new_empty(0)
+        return ops.softplus_sum_backward(*batch, *options, d_positive, d, *needs)
+
+
+class EqualSum(NamedTuple):
+    """Of the scores of equal ids, and their number. No op: the positive scores are not to be used."""
+
+    op: str = "positive_scores"
+    counts_once = False
+
+    def vectors(self, positive: Tensor) -> list[Tensor | None]:
+        return []
+
+    def forward(self, ops, batch: Batch) -> tuple[Tensor, Tensor]:
+        return equal_sums(batch)
+
+    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return _sums(parts)
+
+    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
+        return reference.equal_sums(*arguments)
+
+    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
+        return *equal_sums_backward(batch, d), None
+
+
+def _sums(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    one, other = (torch.stack(x) for x in zip(*parts, strict=True))
+    return one.sum(0), other.sum(0)
+
+
 class _OverRanks(torch.autograd.Function):
     """The positive scores [K] of the own pairs, and a statistic [2 K] of them over the batch of all ranks."""
 
     @staticmethod
-    def forward(ctx, statistic, peers, ops, scale_tensor, *fields):
+    def forward(ctx, statistic, peers, ops, scale_tensor, bias, *fields):
+        # The tensors of the statistic are arguments, too, for autograd to see.
         own = Batch(*fields)
-        ctx.statistic, ctx.ops, ctx.scale_tensor = statistic, ops, scale_tensor
+        ctx.statistic, ctx.ops = statistic, ops
         ctx.exchange = exchange = Exchange(peers, own.captions)
         positive = ops.positive_scores(*own)
         ctx.vectors = statistic.vectors(positive)
@@ -139,13 +206,15 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx, d_positive, d_one, d_other):
         *tensors, one, other = ctx.saved_tensors
         own, statistic, exchange = Batch(*tensors, *ctx.anchors), ctx.statistic, ctx.exchange
-        k, merged = exchange.pairs, (one, other)
+        k, merged, d_bias = exchange.pairs, (one, other), None
         d = d_other if isinstance(statistic, Logsumexp) else d_one
         if isinstance(statistic, HingeSum):
             d_positive = d_positive - (other * d).view(2, k).sum(0)
+        if isinstance(statistic, SoftplusSum):
+            d_bias = (other * d).sum()
         vectors = *merged, d
         of_pairs = [exchange.of_pairs(x[k:]) for x in vectors]
-        needs = ctx.needs_input_grad[4:6]
+        needs = ctx.needs_input_grad[5:7]
         dtype = accumulation_dtype(own.images.dtype)
         d_images, d_captions = (torch.zeros_like(x, dtype=dtype) for x in own[:2])
         d_scale, finish = 0, lambda: None
@@ -171,11 +240,11 @@ class _OverRanks(torch.autograd.Function):
                 d_scale = d_scale + to_scale
         finish()
         gradients = first_order_only(
-            d_images.to(own.images.dtype), d_captions.to(own.captions.dtype), d_scale,
-            needed=(*needs, ctx.needs_input_grad[3]),
+            d_images.to(own.images.dtype), d_captions.to(own.captions.dtype), d_scale, d_bias,
+            needed=(*needs, *ctx.needs_input_grad[3:5]),
         )  # fmt: skip
-        d_images, d_captions, d_scale = gradients
-        return None, None, None, d_scale, d_images, d_captions, *(None,) * 8
+        d_images, d_captions, d_scale, d_bias = gradients
+        return None, None, None, d_scale, d_bias, d_images, d_captions, *(None,) * 8
 
 
 def statistic_over_ranks(
@@ -185,5 +254,5 @@ def statistic_over_ranks(
     backend = choose(backend, statistic.op, batch)
     if backend == REFERENCE:
         return statistic_of_rows(statistic, batch, peers)
-    scale_tensor = getattr(statistic, "scale_tensor", None)
-    return _OverRanks.apply(statistic, peers, ops_of(backend), scale_tensor, *batch)
+    tensors = (getattr(statistic, name, None) for name in ("scale_tensor", "bias"))
+    return _OverRanks.apply(statistic, peers, ops_of(backend), *tensors, *batch)

@@ -149,6 +149,11 @@ def run_every_op(batch: Batch, dtype: torch.dtype, n: int, m: int, k: int, d: in
             backward.hinge_sum_backward(
                 inputs, ceiling, threshold, total, scores, *upstream, *needs
             )
+    for equal_positive in (False, True)[: 1 + batch.full]:
+        for save in (True, False):
+            entries = inputs, *scale, zeros(dtype=wide), equal_positive
+            total, _, scores = forward.softplus_sum(*entries, save)
+            backward.softplus_sum_backward(*entries, total, scores, *upstream, *needs)
     backward.hardest_negatives_backward(inputs, vector, zeros(2 * k), *upstream, *needs)
     if batch.size == "large" and captions is not None:
         # Few anchors among many rows look through all of each other.

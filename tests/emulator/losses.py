@@ -57,6 +57,9 @@ LOSSES = {
     "all-negatives": (fused_vse.all_negatives_loss, {"margin": 0.1}),
     "cold": (fused_vse.all_negatives_loss, {"temperature": 0.01}),
     "hinge": (fused_vse.hinge_loss, {}),
+    "sigmoid": (fused_vse.sigmoid_loss, {"bias": -5.0}),
+    "sigmoid-positive": (fused_vse.sigmoid_loss, {"bias": -5.0, "equal_ids": "positive"}),
+    "semi-hard": (fused_vse.hardest_negative_loss, {"false_negative_margin": 0.01}),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 each_ids = pytest.mark.parametrize("ids", [False, True], ids=["", "ids"])

@@ -68,9 +68,9 @@ def test_given_scores(device, loss, precision, shape):
 
 
 @each_precision("bf16", "fp32", "fp64")
-@each_loss
+@pytest.mark.parametrize("loss", [name for name in losses.LOSSES if name != "semi-hard"])
 def test_normalisation(device, loss, precision):
-    """Rounds once more."""
+    """Rounds once more. (Which negatives are false ones is not to depend on that.)"""
     leaves = {name: 3 * x for name, x in embeddings(SMALL, precision).items()}
     options = keywords(SMALL, True)
     check(device, loss, SMALL, precision, leaves, slack=4, normalize=True, **options)

@@ -19,7 +19,13 @@ from cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
+from fused_vse import (
+    all_negatives_loss,
+    hardest_negative_loss,
+    hardest_negatives,
+    hinge_loss,
+    sigmoid_loss,
+)
 from fused_vse.backends import triton as backend
 from fused_vse.backends.triton import configs, forward, plan
 
@@ -39,6 +45,7 @@ LOSSES = {
     "all_negatives": lambda *x, **k: all_negatives_loss(*x, margin=0.1, **k),
     "hardest": lambda *x, **k: hardest_negative_loss(*x, **k),
     "hinge_sum": lambda *x, **k: hinge_loss(*x, **k),
+    "sigmoid": lambda *x, **k: sigmoid_loss(*x, bias=-5.0, equal_ids="positive", **k),
 }
 
 

@@ -22,6 +22,7 @@ for name, few in {  # all cases of these take an hour, one of test_opcheck a min
     "test_poison": 2,
     "test_positive_scores": 2,
     "test_several_tiles": 2,
+    "test_softplus_sum": 3,
     "test_ties_go_to_the_smallest_index": 2,
 }.items():
     globals()[name] = pytest.mark.expensive(few=few)(globals()[name])

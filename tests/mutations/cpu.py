@@ -20,7 +20,7 @@ BUGS = [
     bug("hinges: the kink has a gradient", KERNELS, "(x > zero ? weight : zero) +", "(x >= zero ? weight : zero) +"),
     bug("hinges: columns against the rows' thresholds", KERNELS, "- access.load(col_threshold + c);\n        access.store(col_sum", "- threshold;\n        access.store(col_sum"),
     bug("tail of a row counts as exp(0 - lse)", KERNELS, "        // What lies beyond the row must vanish: with 0 its exponential may be infinite.\n        const Vec<T> s = access.load(row + c, EXCLUDED<T>);", "        const Vec<T> s = access.load(row + c);"),
-    bug("the last excluded column of a panel", "pass.h", "strip.col() + cols,\n                               [&](int64_t j)", "strip.col() + cols - 1,\n                               [&](int64_t j)"),
+    bug("the last excluded column of a panel", "pass.h", "strip.col() + strip.cols(),\n                         [&](int64_t j)", "strip.col() + strip.cols() - 1,\n                         [&](int64_t j)"),
     bug("ids: the last of equal columns stays", "batch.h", "return col_ids[c] <= row_ids[i]; });\n      ranges_[i] = {begin - first, end - first};", "return col_ids[c] <= row_ids[i]; });\n      ranges_[i] = {begin - first, end - first - 1};"),
     bug("pairs excluded without their offset", "batch.h", "const int64_t k = row - row_, column = column_ + k;", "const int64_t k = row - row_, column = k;"),
     bug("rows behind the anchors are not looked at", "tiles.h", "add_rows(batch.row_anchors, batch.n(), batch.column_anchors);", ""),
@@ -41,4 +41,8 @@ BUGS = [
     bug("search: half of the error's bound", SEARCH, "rounding * std::fabs(top) - 2 * error;", "rounding * std::fabs(top) - 0.001 * error;"),
     bug("search: excluded pairs of the other side", SEARCH, "ExcludedPairs(batch, true), &found.cols", "ExcludedPairs(batch), &found.cols"),
     bug("search: candidates beyond the list are dropped", SEARCH, "      overflowed_[a] = 1;\n", ""),
+    bug("softplus: half of the exponential", KERNELS, "value = max<T>(x, zero) + log1p(y);", "value = max<T>(x, zero) + log1p(y + 1) - log1p(broadcast<T>(1));"),
+    bug("softplus: entries of two anchors count twice", "softplus_sum.cpp", "c = 0; !of_rows && c < strip.cols()", "c = 0; c < strip.cols()"),
+    bug("softplus: positives without a minus in the bias's sum", "softplus_sum.cpp", "(of_rows ? row_slope[at + r] : slope[c]) -= T(sigmoid(-x));", "(of_rows ? row_slope[at + r] : slope[c]) += T(sigmoid(-x));"),
+    bug("softplus: the score of a positive stays taken", "softplus_sum.cpp", "            strip.scores.s[r * strip.scores.ld + c] = score;\n", ""),
 ]  # fmt: skip

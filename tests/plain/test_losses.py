@@ -8,7 +8,7 @@ import torch
 from cases import CASES, embeddings, ids_of, integer_embeddings
 from conftest import assert_close
 
-from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse import all_negatives_loss, hardest_negative_loss, hinge_loss, sigmoid_loss
 
 LOSSES = {
     "all_negatives": (all_negatives_loss, formulas.all_negatives, {}),
@@ -22,7 +22,43 @@ LOSSES = {
     ),
     "hinge_sum": (hinge_loss, formulas.hinge, {}),
     "hinge_max": (hinge_loss, formulas.hinge, {"hardest": True, "margin": 0.3}),
+    "all_negatives_positive": (
+        all_negatives_loss,
+        formulas.all_negatives,
+        {"equal_ids": "positive"},
+    ),
+    "all_negatives_hardness": (
+        all_negatives_loss,
+        formulas.all_negatives,
+        {"hardness": 4.0, "margin": 0.1},
+    ),
+    "all_negatives_false": (
+        all_negatives_loss,
+        formulas.all_negatives,
+        {"false_negative_margin": -0.2, "hardness": 1.0},
+    ),
+    "hardest_select": (hardest_negative_loss, formulas.hardest_negative, {"select": 0.3}),
+    "hardest_semi": (
+        hardest_negative_loss,
+        formulas.hardest_negative,
+        {"false_negative_margin": 1e-3, "margin": 0.4},
+    ),
+    "smooth_false": (
+        hardest_negative_loss,
+        formulas.hardest_negative,
+        {"false_negative_margin": -0.1, "smooth": True},
+    ),
+    "hinge_false": (hinge_loss, formulas.hinge, {"false_negative_margin": 0.1}),
+    "hinge_semi": (hinge_loss, formulas.hinge, {"hardest": True, "false_negative_margin": 1e-3}),
+    "sigmoid": (sigmoid_loss, formulas.sigmoid, {}),
+    "sigmoid_positive": (
+        sigmoid_loss,
+        formulas.sigmoid,
+        {"equal_ids": "positive", "bias": -3.0, "temperature": 0.2},
+    ),
 }
+DIRECTED = [name for name in LOSSES if not name.startswith("sigmoid")]
+WITH_TEMPERATURE = [name for name in LOSSES if not name.startswith("hinge")]
 
 
 def leaves(*tensors):
@@ -49,7 +85,7 @@ def test_equals_the_formula(case, name, loss_backend):
         backend=loss_backend,
         **options,
     )
-    assert actual.shape == (2, case.pairs) and actual.dtype == torch.float64
+    assert actual.shape == expected.shape and actual.dtype == torch.float64
     actual.backward(upstream)
     assert_close(actual, expected, 1e-12, "loss")
     for side, tensor, reference in zip(
@@ -58,7 +94,7 @@ def test_equals_the_formula(case, name, loss_backend):
         assert_close(tensor.grad, reference.grad, 1e-11, f"d_{side}")
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", DIRECTED)
 @pytest.mark.parametrize(
     ("weights", "reduction"),
     list(itertools.product([(1.0, 1.0), (0.5, 0.5), (1, 0), (0.25, 2.0)], ["mean", "sum", "none"])),
@@ -85,37 +121,37 @@ def test_reductions_and_direction_weights(name, weights, reduction, loss_backend
         assert_close(tensor.grad, reference.grad, 1e-11)
 
 
-@pytest.mark.parametrize("smooth", [False, True])
-@pytest.mark.parametrize("name", ["all_negatives", "hardest"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_positive"])
+def test_reductions_of_the_sigmoid_loss(name, reduction, loss_backend):
+    loss, formula, options = LOSSES[name]
+    case = CASES[7]
+    expected = formula(*embeddings(case), (None, None), case.pairs, **options)
+    options = {"num_pairs": case.pairs, "reduction": reduction, "backend": loss_backend, **options}
+    expected = {"mean": expected.mean(), "sum": expected.sum(), "none": expected}[reduction]
+    assert_close(loss(*embeddings(case), **options), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_temperature_gradient(case, name, smooth, loss_backend):
-    loss, formula, _ = LOSSES[name]
-    options = {"smooth": True} if smooth else {}
-    if smooth and name == "all_negatives":
-        pytest.skip("the all-negatives loss has no smooth form: it is one")
-    ids = ids_of(case)
+def test_gradients_of_temperature_and_bias(case, name, loss_backend):
+    loss, formula, options = LOSSES[name]
+    ids = dict(zip(("image_ids", "caption_ids"), ids_of(case), strict=True))
     gradients = []
     for function in (loss, formula):
-        images, captions = embeddings(case)
-        temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+        leaves = {"temperature": torch.tensor(0.07, dtype=torch.float64, requires_grad=True)}
+        if loss is sigmoid_loss:
+            leaves["bias"] = torch.tensor(-4.0, dtype=torch.float64, requires_grad=True)
+        own = options | leaves
         if function is formula:
-            value = formulas.reduced(
-                formula(images, captions, ids, case.pairs, temperature=temperature, **options)
-            )
+            value = formula(*embeddings(case), ids_of(case), case.pairs, **own).sum() / case.pairs
         else:
-            value = loss(
-                images,
-                captions,
-                temperature=temperature,
-                image_ids=ids[0],
-                caption_ids=ids[1],
-                num_pairs=case.pairs,
-                backend=loss_backend,
-                **options,
-            )
+            own |= ids | {"num_pairs": case.pairs, "backend": loss_backend}
+            value = loss(*embeddings(case), **own)
         value.backward()
-        gradients.append(temperature.grad)
-    assert_close(*gradients, 1e-11, "d_temperature")
+        gradients.append([x.grad for x in leaves.values()])
+    for got, want in zip(*gradients, strict=True):
+        assert_close(got, want, 1e-11, "gradient")
 
 
 @pytest.mark.parametrize("name", LOSSES)

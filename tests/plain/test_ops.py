@@ -226,6 +226,43 @@ def check_hinge(batch, ceiling, kept=False, needs=(True, True, False)):
 
 
 @each_source
+@each_anchors
+@each_ids
+@pytest.mark.parametrize("equal_positive", [False, True], ids=["", "positive"])
+@pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
+def test_softplus_sum(source, anchors, ids, equal_positive, kept):
+    check_softplus(make(source, anchors, ids=ids), equal_positive, kept)
+
+
+def check_softplus(batch, equal_positive, kept=False, needs=(True, True, False)):
+    tolerance = TOLERANCE[batch.images.dtype]
+    accumulation = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
+    bias, scale = (torch.tensor(x, dtype=accumulation) for x in (-3.0, 12.5))
+    d_positive, g = upstream(batch, 9)
+    slopes = [x.double().requires_grad_() for x in (scale, bias)]
+    expected = oracle.softplus_sum(batch, *slopes, equal_positive)
+    d_slopes = [torch.zeros(()).double()] * 2
+    if len(g):
+        d_slopes = torch.autograd.grad((expected * g.double()).sum(), slopes)
+
+    def objective(attached):
+        sums = oracle.softplus_sum(attached, 12.5, -3.0, equal_positive)
+        return pairs_objective(attached, d_positive) + (sums * g.double()).sum()
+
+    for factor in ((1.0, scale), (12.5, None)):
+        options = *factor, bias, equal_positive
+        total, slope, saved = OPS.softplus_sum(*batch, *options, kept)
+        assert_close(total, expected, min(tolerance, 2e-5), "softplus_sum")
+        size = max(1, g.abs().sum().item())
+        assert_close((slope * g).sum(), d_slopes[1], max(tolerance, 1e-10) * size, "d_bias")
+        *got, d_scale = OPS.softplus_sum_backward(
+            *batch, *options, total, saved, d_positive, g, *needs
+        )
+        check_gradients(batch, got, objective, tolerance, needs)
+        assert_close(d_scale, d_slopes[0], max(tolerance, 1e-10) * size, "d_scale")
+
+
+@each_source
 @each_ceiling
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("needs", [(True, True, False), (True, True, True), (False, True, True)])
@@ -236,6 +273,7 @@ def test_other_dtypes_and_the_accumulation_type(source, with_ceiling, dtype, nee
     ceiling = ceilings(batch) if with_ceiling else None
     check_logsumexp(batch, ceiling, needs=needs)
     check_hinge(batch, ceiling, needs=needs)
+    check_softplus(batch, False, needs=needs)
     score, index = OPS.hardest_negatives(*batch, ceiling)
     assert_close(score, oracle.hardest_negatives(batch, ceiling)[0], 1e-5)
     d_positive, g = upstream(batch, 5)
@@ -255,6 +293,7 @@ def test_several_tiles(source, ids, with_ceiling):
     ceiling = ceilings(batch) if with_ceiling else None
     check_logsumexp(batch, ceiling)
     check_hinge(batch, ceiling)
+    check_softplus(batch, with_ceiling)
     score, index = OPS.hardest_negatives(*batch, ceiling)
     expected, where = oracle.hardest_negatives(batch, ceiling)
     assert_close(score, expected, 1e-12)
@@ -328,6 +367,11 @@ def test_poison(source, value, row):
     assert total.isnan().all() and (active == 0).all()
     got = OPS.hinge_sum_backward(*batch, ceiling, threshold, total, saved, d_positive, g, *needs)
     assert all(x.isnan().all() for x in got)
+    entries = 3.0, None, torch.tensor(-2.0), True
+    total, slope, saved = OPS.softplus_sum(*batch, *entries, False)
+    assert total.isnan().all() and slope.isnan().all()
+    got = OPS.softplus_sum_backward(*batch, *entries, total, saved, d_positive, g, *needs)
+    assert all(x.isnan().all() for x in got)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), 0.0, -1.0, float("inf")])
@@ -336,6 +380,8 @@ def test_a_scale_out_of_range_poisons(scale):
     tensor = torch.tensor(scale)
     for options in ((scale, None), (1.0, tensor)):
         assert OPS.negative_logsumexp(*batch, None, *options, False)[1].isnan().all()
+        total, slope, _ = OPS.softplus_sum(*batch, *options, torch.tensor(1.0), False, False)
+        assert total.isnan().all() and slope.isnan().all()
 
 
 @pytest.mark.parametrize("source", ["dot", "given"])
@@ -377,6 +423,8 @@ def test_direct_calls_check_shapes(change):
         OPS.negative_logsumexp(*batch, None, 1.0, None, False)
     with pytest.raises(RuntimeError):
         OPS.hinge_sum(*batch, None, torch.zeros(size), False)
+    with pytest.raises(RuntimeError):
+        OPS.softplus_sum(*batch, 1.0, None, torch.tensor(0.0), False, False)
 
 
 def test_direct_calls_check_vectors():
@@ -411,6 +459,9 @@ def test_opcheck(source, needs):
         check("negative_logsumexp_backward", *scaled, *saved, d_positive, g, *needs)
         total, _, scores = check("hinge_sum", ceiling, threshold, save)
         check("hinge_sum_backward", ceiling, threshold, total, scores, d_positive, g, *needs)
+        entries = 0.0, torch.tensor(10.0), torch.tensor(-2.0), True
+        total, _, scores = check("softplus_sum", *entries, save)
+        check("softplus_sum_backward", *entries, total, scores, d_positive, g, *needs)
 
 
 @pytest.mark.skipif(NAME != "cpu", reason="the cpu backend's saved tensors")

@@ -8,7 +8,13 @@ from conftest import assert_close
 from torch._dynamo.testing import CompileCounter
 
 import fused_vse
-from fused_vse import all_negatives_loss, hardest_negative_loss, hardest_negatives, hinge_loss
+from fused_vse import (
+    all_negatives_loss,
+    hardest_negative_loss,
+    hardest_negatives,
+    hinge_loss,
+    sigmoid_loss,
+)
 from fused_vse.backends import cpu
 
 ALL = {
@@ -17,6 +23,11 @@ ALL = {
     "smooth": lambda *x, **k: hardest_negative_loss(*x, smooth=True, **k),
     "hinge_sum": lambda *x, **k: hinge_loss(*x, **k),
     "hinge_max": lambda *x, **k: hinge_loss(*x, hardest=True, **k),
+    "positives": lambda *x, **k: all_negatives_loss(*x, equal_ids="positive", **k),
+    "hardness": lambda *x, **k: all_negatives_loss(*x, hardness=3.0, **k),
+    "select": lambda *x, **k: hardest_negative_loss(*x, select=0.2, **k),
+    "semi_hard": lambda *x, **k: hardest_negative_loss(*x, false_negative_margin=1e-3, **k),
+    "sigmoid": lambda *x, bias=-2.0, **k: sigmoid_loss(*x, bias=bias, **k),
 }
 EXTRAS = CASES[7]  # N = 45, M = 50, K = 33, D = 24
 
@@ -83,26 +94,24 @@ def test_deterministic(loss, case, loss_backend):
 
 def test_any_upstream_gradient(loss, loss_backend):
     """Non-uniform, zero and negative upstream gradients with reduction="none"."""
-    upstream = torch.randn(2, EXTRAS.pairs, dtype=torch.float64)
-    upstream[0, ::2] = 0
-    per_anchor = [
-        torch.zeros(EXTRAS.rows, EXTRAS.dim).double(),
-        torch.zeros(EXTRAS.columns, EXTRAS.dim),
-    ]
-    for direction in range(2):
-        for k in range(0, EXTRAS.pairs, 8):
-            pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
-            each = loss(*pair, num_pairs=EXTRAS.pairs, reduction="none", backend=loss_backend)
-            each[direction, k].backward()
-            for total, x in zip(per_anchor, pair, strict=True):
-                total += upstream[direction, k] * x.grad
-    pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
-    each = loss(*pair, num_pairs=EXTRAS.pairs, reduction="none", backend=loss_backend)
-    weights = torch.zeros_like(upstream)
-    weights[:, ::8] = upstream[:, ::8]
-    (each * weights).sum().backward()
-    for x, expected in zip(pair, per_anchor, strict=True):
-        assert_close(x.grad, expected, 1e-6)
+    options = {"num_pairs": EXTRAS.pairs, "reduction": "none", "backend": loss_backend}
+
+    def differentiated(upstream=None, entry=None):
+        pair = [x.requires_grad_() for x in embeddings(EXTRAS)]
+        each = loss(*pair, **options).view(-1)
+        (each[entry] if upstream is None else (each * upstream).sum()).backward()
+        return [x.grad for x in pair]
+
+    upstream = torch.randn(loss(*embeddings(EXTRAS), **options).numel(), dtype=torch.float64)
+    upstream[: EXTRAS.pairs : 2] = 0
+    few = torch.zeros_like(upstream)
+    few[::8] = upstream[::8]
+    totals = [0.0, 0.0]
+    for entry in range(0, len(upstream), 8):
+        parts = differentiated(entry=entry)
+        totals = [t + upstream[entry] * x for t, x in zip(totals, parts, strict=True)]
+    for got, want in zip(differentiated(upstream=few), totals, strict=True):
+        assert_close(got, want, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["all_negatives", "hardest", "smooth"])
@@ -335,18 +344,42 @@ def test_temperature_gradient_of_low_scores(columns, dtype, loss_backend):
 
 
 @pytest.mark.expensive(few=6)
-def test_compiles_with_temperature_and_margin_that_change(loss, loss_backend):
+@pytest.mark.parametrize("name", ALL)
+def test_compiles_with_numbers_that_change(name, loss_backend):
     """From the second value on, torch.compile makes a float an input of the graph."""
     torch.compiler.reset()
+    loss = ALL[name]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for margin in (0.1, 0.15, 0.2):
-        pair = embeddings(CASES[2], torch.float32)
-        result = compiled(*pair, margin=margin, backend=loss_backend)
-        assert_close(result, loss(*pair, margin=margin, backend=loss_backend), 1e-6)
-    if loss not in (ALL["hinge_sum"], ALL["hinge_max"]):
-        for temperature in (0.1, 0.15, 0.2):
-            result = compiled(*pair, temperature=temperature, backend=loss_backend)
-            assert_close(result, loss(*pair, temperature=temperature, backend=loss_backend), 1e-6)
+    changing = {"positives": [], "sigmoid": ["bias"]}.get(name, ["margin"])
+    if not name.startswith("hinge"):
+        changing.append("temperature")
+    pair = embeddings(CASES[2], torch.float32)
+    for option in changing:
+        for value in (0.1, 0.15, 0.2):
+            options = {option: value, "backend": loss_backend}
+            if name == "sigmoid":
+                options = {"bias": 0.3} | options
+            assert_close(compiled(*pair, **options), loss(*pair, **options), 1e-6)
+
+
+@pytest.mark.expensive(few=6)
+@pytest.mark.parametrize("name", ["positives", "hardness", "select", "semi_hard", "sigmoid"])
+def test_compiles_with_ids_and_a_temperature_that_learns(name, loss_backend):
+    torch.compiler.reset()
+    loss = ALL[name]
+    if name == "sigmoid":
+        loss = lambda *x, **k: sigmoid_loss(*x, equal_ids="positive", **k)  # noqa: E731
+    ids = torch.arange(37) // 3
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        pair = [x.requires_grad_() for x in embeddings(CASES[2])]
+        temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        options = {"image_ids": ids, "caption_ids": ids, "temperature": temperature}
+        value = function(*pair, backend=loss_backend, **options)
+        value.backward()
+        results.append([value, temperature.grad, *(x.grad for x in pair)])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, 1e-10)
 
 
 @pytest.mark.skipif(fused_vse.backends()["cpu"] != "available", reason="needs the cpu backend")

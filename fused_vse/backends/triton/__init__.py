@@ -1,7 +1,7 @@
 """The Triton backend for CUDA tensors of NVIDIA GPUs from Ampere (sm_80) on. It compiles for AMD's CDNA, too.
 
     walk.py       the walk over S, its merge and the gradient of S: three kernels for all statistics
-    hardest.py, logsumexp.py, hinge.py   what they call for one statistic each
+    hardest.py, logsumexp.py, hinge.py, softplus.py   what they call for one statistic each
     tiles.py      arguments of the kernels, scores of a tile, negatives
     order.py      the order similarity             configs.py   tile shapes, each with its reason
     rows.py       kernels over embeddings' rows    certified.py  float32 maxima from a bfloat16 product

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ...ops import ORDER, check, new_gradients
-from . import configs, hardest, hinge, logsumexp, order
+from . import configs, hardest, hinge, logsumexp, order, softplus
 from .forward import positive_scores
 from .plan import Plan, plan, product, scale_of, terms_of, unit_stride
 from .tiles import Piece, Terms
@@ -111,6 +111,24 @@ def hinge_sum_backward(
     return _gradients(hinge, walk, terms, hinge_sum, d_positive, scores, gain, wanted)[:2]
 
 
+def softplus_sum_backward(
+    batch, scale, scale_tensor, bias, equal_positive, softplus_sum, scores, d_positive,
+    d_softplus_sum, *wanted,
+):  # fmt: skip
+    check(
+        batch, scale_tensor=scale_tensor, bias=bias, softplus_sum=softplus_sum, scores=scores,
+        d_positive=d_positive, d_softplus_sum=d_softplus_sum,
+    )  # fmt: skip
+    walk = plan(batch, "stored" if scores.numel() > 0 else None, equal_positive=equal_positive)
+    terms = terms_of(scale=scale_of(scale, scale_tensor), bias=bias, upstream=d_softplus_sum)
+    factor = scale if scale_tensor is None else scale_tensor.detach()
+    gain, wanted = _gain(walk, d_positive, d_softplus_sum, factor), Wanted(*wanted)
+    *results, d_scale = _gradients(
+        softplus, walk, terms, softplus_sum, d_positive, scores, gain, wanted
+    )
+    return *results, d_scale.sum() / factor
+
+
 def _gain(walk: Plan, d_positive, upstream, factor: float | Tensor = 1.0) -> Tensor | None:
     """[2]: the power of two that lifts a float16 gradient of S to 2^14 .. 2^15, and its inverse.
 
@@ -136,7 +154,7 @@ def _gradients(
     gain: Tensor | None,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """d_images and d_captions, by way of the gradient of S; for logsumexp the tiles' shares of d_scale.
+    """d_images and d_captions, by way of the gradient of S; with a scale, the tiles' shares of d_scale.
 
     Args:
         values: the statistic, NaN where the input is poisoned.
@@ -148,7 +166,7 @@ def _gradients(
     pitches = [triton.cdiv(piece.num_columns, 16) * 16 for piece in pieces]
     heights = [piece.row_stop - piece.row_start for piece in pieces]
     num_tiles = [math.prod(walk.tile_counts(piece)) for piece in pieces]
-    d_scale = walk.new(sum(num_tiles)) if statistic is logsumexp else None
+    d_scale = walk.new(sum(num_tiles)) if terms.scale is not None else None
     shares = [None] * len(pieces) if d_scale is None else d_scale.split(num_tiles)
     if walk.given:
         buffer = walk.batch.images.new_empty(walk.batch.images.shape)

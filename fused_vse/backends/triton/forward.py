@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ...ops import MAX_SAVED_SCORES, ORDER, Batch, accumulation_dtype, check
-from . import certified, configs, hardest, hinge, logsumexp, rows
+from . import certified, configs, hardest, hinge, logsumexp, rows, softplus
 from .plan import (
     Plan,
     device_of,
@@ -77,6 +77,16 @@ def hinge_sum(batch, ceiling, threshold, save_scores):
     results = walk.new(walk.num_anchors), walk.new(walk.num_anchors, dtype=torch.int64)
     kept = _kept(walk, save_scores)
     _statistic(hinge, walk, terms, survey(walk)[0], results, kept)
+    return *results, kept
+
+
+def softplus_sum(batch, scale, scale_tensor, bias, equal_positive, save_scores):
+    check(batch, scale_tensor=scale_tensor, bias=bias)
+    walk = plan(batch, equal_positive=equal_positive)
+    terms = terms_of(scale=scale_of(scale, scale_tensor), bias=bias)
+    results = walk.new(walk.num_anchors), walk.new(walk.num_anchors)
+    kept = _kept(walk, save_scores)
+    _statistic(softplus, walk, terms, survey(walk)[0], results, kept)
     return *results, kept
 
 

@@ -5,7 +5,7 @@ import torch
 from ...ops import Batch, define
 from . import backward, forward
 
-STATISTICS = ("hardest_negatives", "negative_logsumexp", "hinge_sum")
+STATISTICS = ("hardest_negatives", "negative_logsumexp", "hinge_sum", "softplus_sum")
 NAMES = ("positive_scores", *STATISTICS, *(f"{name}_backward" for name in STATISTICS))
 
 

@@ -59,6 +59,7 @@ class Plan(NamedTuple):
     operands: tuple[Tensor, Tensor]
     tiles: configs.Tiles
     source: str  # see tiles.score_tile
+    equal_positive: bool = False  # see Ids
 
     @property
     def given(self) -> bool:
@@ -93,6 +94,7 @@ class Plan(NamedTuple):
             batch.pair_row,
             batch.pair_column,
             batch.pair_count,
+            1 if self.equal_positive and batch.image_ids is not None else None,
         )
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -165,12 +167,15 @@ class Plan(NamedTuple):
                 yield piece, None
 
 
-def plan(batch: Batch, kind: str | None = None, crowded: bool = False) -> Plan:
+def plan(
+    batch: Batch, kind: str | None = None, crowded: bool = False, equal_positive: bool = False
+) -> Plan:
     """
     Args:
         kind: of the tiles, where it is not to be chosen: "stored", if S is at hand from the forward pass, or
             "none", if it is not needed.
         crowded: see configs.tiles_for.
+        equal_positive: see tiles.Ids.
     """
     batch = batch._replace(
         images=batch.images.detach(),
@@ -187,9 +192,13 @@ def plan(batch: Batch, kind: str | None = None, crowded: bool = False) -> Plan:
         source, kind = _source(batch)
     num_columns = batch.images.shape[1] if batch.captions is None else len(batch.captions)
     tiles = configs.tiles_for(
-        kind, len(batch.images), num_columns, device_of(batch.images.device), crowded
+        kind,
+        len(batch.images),
+        num_columns,
+        device_of(batch.images.device),
+        crowded or equal_positive,
     )
-    return with_operands(Plan(batch, batch[:2], tiles, source))
+    return with_operands(Plan(batch, batch[:2], tiles, source, equal_positive))
 
 
 def with_operands(plan: Plan) -> Plan:
@@ -298,8 +307,9 @@ def row_blocks(num_dimensions: int) -> dict[str, int]:
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out = a b, or out += a b, in the precision of `out`: 16-bit operands may have a float32 result."""
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype != out.dtype and a.device.type == "cpu":
-            a, b = a.to(out.dtype), b.to(out.dtype)
+        if a.device.type == "cpu":  # of the interpreter
+            # Contiguous: torch 2.14 on a CPU with AMX reads what lies between rows of bfloat16, NaN and all.
+            a, b = a.to(out.dtype).contiguous(), b.to(out.dtype).contiguous()
         if a.dtype == out.dtype:
             torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
         elif accumulate:

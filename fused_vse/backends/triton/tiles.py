@@ -43,6 +43,8 @@ class Ids(NamedTuple):
     pair_row: int
     pair_column: int
     pair_count: int
+    # None, or whatever: entries of equal ids are not left out, and those without ids are none
+    equal_positive: Any = None
 
 
 class Piece(NamedTuple):
@@ -77,6 +79,7 @@ class Terms(NamedTuple):
     index: Any = None
     reference: Any = None
     log_sum: Any = None
+    bias: Any = None  # []
     upstream: Any = None  # the derivatives by the statistic
 
 
@@ -97,6 +100,7 @@ class Tile(NamedTuple):
     row: Any
     column: Any
     piece: Any
+    ids: Any
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def dot_tile(images, captions, scores, tile, TILES: tl.constexpr):
     D is a multiple of block_k; with TMA it need not be: the embeddings are then tensor descriptors,
     which fill what lies outside with zeros.
     """
-    row, column, piece = tile
+    row, column, piece, _ = tile
     acc = zero_tile(TILES, tl.float32)
     if not TILES.tma:
         offs_k = tl.arange(0, TILES.block_k)[None, :]
@@ -164,7 +168,7 @@ def score_tile(images, captions, scores, tile, SOURCE: tl.constexpr, TILES: tl.c
 
     What lies outside of the piece, or where no anchor looks, holds 0 if read, anything if computed.
     """
-    row, column, piece = tile
+    row, column, piece, _ = tile
     READ: tl.constexpr = SOURCE == "stored" or SOURCE == "given"
     if SOURCE != "none" and scores.pointer is not None:
         offs_m = tl.arange(0, TILES.block_m)
@@ -194,8 +198,9 @@ def score_tile(images, captions, scores, tile, SOURCE: tl.constexpr, TILES: tl.c
 
 
 @triton.jit
-def crosses_pairs(acc, tile, ids):
+def crosses_pairs(acc, tile):
     """Whether the tile may hold the score of a pair."""
+    ids = tile.ids
     row = tile.row - ids.pair_row
     column = tile.column - ids.pair_column
     crosses = (row < column + acc.shape[1]) & (column < row + acc.shape[0])
@@ -203,8 +208,9 @@ def crosses_pairs(acc, tile, ids):
 
 
 @triton.jit
-def pairs_of(acc, tile, ids):
+def pairs_of(acc, tile):
     """[block_m]: which pair a row is, and the position of its partner in the tile; -1 for none."""
+    ids = tile.ids
     pair = tile.row - ids.pair_row + tl.arange(0, acc.shape[0])
     is_pair = (pair >= 0) & (pair < ids.pair_count)
     partner = tl.where(is_pair, pair + ids.pair_column - tile.column, -1)
@@ -212,32 +218,42 @@ def pairs_of(acc, tile, ids):
 
 
 @triton.jit
-def negative_scores(acc, tile, ids):
+def ids_of(acc, tile):
+    """Those of the tile's rows and of its columns."""
+    row, column, piece, ids = tile
+    offs_m = tl.minimum(row + tl.arange(0, acc.shape[0]), piece.row_stop - 1)
+    offs_n = tl.minimum(column + tl.arange(0, acc.shape[1]), piece.num_columns - 1)
+    return tl.load(ids.images + offs_m), tl.load(ids.captions + offs_n)
+
+
+@triton.jit
+def negative_scores(acc, tile):
     """The tile's scores with -inf for everything that is not a negative in the piece.
 
     Most tiles hold nothing else: they lie inside, and the ranges of their rows' and their columns' ids do not
     meet. Without ids, those are pairs.
     """
-    row, column, piece = tile
+    row, column, piece, ids = tile
     offs_m = row + tl.arange(0, acc.shape[0])
     offs_n = column + tl.arange(0, acc.shape[1])
+    EXCLUDES: tl.constexpr = ids.equal_positive is None
     needs_mask = (row + acc.shape[0] > piece.row_stop) | (column + acc.shape[1] > piece.num_columns)
     if ids.images is not None:
-        row_ids = tl.load(ids.images + tl.minimum(offs_m, piece.row_stop - 1))
-        column_ids = tl.load(ids.captions + tl.minimum(offs_n, piece.num_columns - 1))
-        needs_mask |= (tl.min(row_ids, 0) <= tl.max(column_ids, 0)) & (
-            tl.min(column_ids, 0) <= tl.max(row_ids, 0)
-        )
+        if EXCLUDES:
+            row_ids, column_ids = ids_of(acc, tile)
+            needs_mask |= (tl.min(row_ids, 0) <= tl.max(column_ids, 0)) & (
+                tl.min(column_ids, 0) <= tl.max(row_ids, 0)
+            )
     else:
-        needs_mask |= crosses_pairs(acc, tile, ids)
+        needs_mask |= crosses_pairs(acc, tile)
     if needs_mask:
         keep = (offs_m < piece.row_stop)[:, None] & (offs_n < piece.num_columns)[None, :]
         if ids.images is not None:
-            row_ids = tl.load(ids.images + tl.minimum(offs_m, piece.row_stop - 1))
-            column_ids = tl.load(ids.captions + tl.minimum(offs_n, piece.num_columns - 1))
-            keep &= row_ids[:, None] != column_ids[None, :]
+            if EXCLUDES:
+                row_ids, column_ids = ids_of(acc, tile)
+                keep &= row_ids[:, None] != column_ids[None, :]
         else:
-            _, partner = pairs_of(acc, tile, ids)
+            _, partner = pairs_of(acc, tile)
             keep &= partner[:, None] != tl.arange(0, acc.shape[1])[None, :]
         acc = tl.where(keep, acc, -float("inf"))
     return acc
@@ -251,7 +267,7 @@ def column_halves(acc, tile):
     """
     HALF: tl.constexpr = acc.shape[1] // 2
     left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1)))
-    return left, right, Tile(tile.row, tile.column + HALF, tile.piece)
+    return left, right, Tile(tile.row, tile.column + HALF, tile.piece, tile.ids)
 
 
 @triton.jit
@@ -287,7 +303,7 @@ def below_ceiling(acc, tile, ceiling, AXIS: tl.constexpr):
 @triton.jit
 def leave(out, acc, tile, AXIS: tl.constexpr, first, second, third=None):
     """Stores the results of the anchors along AXIS among the partial ones."""
-    row, column, piece = tile
+    row, column, piece, _ = tile
     if AXIS == 1:
         num_rows = piece.row_stop - piece.row_start
         base = (column // acc.shape[1]).to(tl.int64) * num_rows

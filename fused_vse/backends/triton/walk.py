@@ -1,6 +1,7 @@
 """The walk over S: one kernel forward, one that merges its partial results, and one for the gradient of S.
 
-A statistic is a module of functions that these kernels call (hardest.py, logsumexp.py, hinge.py):
+A statistic is a module of functions that these kernels call (hardest.py, logsumexp.py, hinge.py,
+softplus.py):
 
     constants    what is the same for all tiles
     partials     leaves two results for each row and column of a tile
@@ -65,11 +66,12 @@ def walk_kernel(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
         row_tile, column_tile = tile_position(number, row_tiles, column_tiles, TILES.group)
-        tile = Tile(piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece)
+        row = piece.row_start + row_tile * TILES.block_m
+        tile = Tile(row, column_tile * TILES.block_n, piece, ids)
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
         if SOURCE == "given":
             magnitudes = tl.maximum(magnitudes, magnitude_bits(acc))
-        PARTIALS(negative_scores(acc, tile, ids), tile, terms, constants, partials)
+        PARTIALS(negative_scores(acc, tile), tile, terms, constants, partials)
     if SOURCE == "given":
         leave_bound(bounds, magnitudes)
 
@@ -161,11 +163,12 @@ def gradient_kernel(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=False
     ):
         row_tile, column_tile = tile_position(number, row_tiles, column_tiles, TILES.group)
-        tile = Tile(piece.row_start + row_tile * TILES.block_m, column_tile * TILES.block_n, piece)
+        row = piece.row_start + row_tile * TILES.block_m
+        tile = Tile(row, column_tile * TILES.block_n, piece, ids)
         acc = score_tile(images, captions, scores, tile, SOURCE, TILES)
         HALVINGS: tl.constexpr = TILES.halvings + (acc.dtype == tl.float64)
         share = gradient_tile(
-            acc, tile, ids, terms, target, constants, WEIGHTS, ORDER, d_scale is not None, HALVINGS
+            acc, tile, terms, target, constants, WEIGHTS, ORDER, d_scale is not None, HALVINGS
         )  # fmt: skip
         if d_scale is not None:
             tl.store(d_scale + number, share * nan_or_one)
@@ -173,29 +176,29 @@ def gradient_kernel(
 
 @triton.jit
 def gradient_tile(
-    acc, tile, ids, terms, target, constants,
+    acc, tile, terms, target, constants,
     WEIGHTS: tl.constexpr, ORDER: tl.constexpr, NEED_SCALE: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of a tile, half of the columns at a time, and returns its share of d_scale."""
     if HALVINGS > 0:
         left, right, right_tile = column_halves(acc, tile)
         share = gradient_tile(
-            left, tile, ids, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1
+            left, tile, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1
         )
         share += gradient_tile(
-            right, right_tile, ids, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1
+            right, right_tile, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE, HALVINGS - 1
         )  # fmt: skip
     else:
-        share = gradient_part(acc, tile, ids, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE)
+        share = gradient_part(acc, tile, terms, target, constants, WEIGHTS, ORDER, NEED_SCALE)
     return share
 
 
 @triton.jit
 def gradient_part(
-    acc, tile, ids, terms, target, constants,
+    acc, tile, terms, target, constants,
     WEIGHTS: tl.constexpr, ORDER: tl.constexpr, NEED_SCALE: tl.constexpr,
 ):  # fmt: skip
-    scores = negative_scores(acc, tile, ids)
+    scores = negative_scores(acc, tile)
     of_rows = below_ceiling(scores, tile, terms.ceiling, 1)
     of_columns = below_ceiling(scores, tile, terms.ceiling, 0)
     gradient, row_shares = WEIGHTS(of_rows, tile, terms, constants, 1)
@@ -204,14 +207,14 @@ def gradient_part(
     share = tl.zeros((), acc.dtype)
     if NEED_SCALE:
         share += tl.sum(tl.sum(row_shares + column_shares, 1), 0)
-    if crosses_pairs(acc, tile, ids):
-        pair, partner = pairs_of(acc, tile, ids)
+    if crosses_pairs(acc, tile):
+        pair, partner = pairs_of(acc, tile)
         d_pair = tl.load(target.d_positive + pair, mask=partner >= 0, other=0.0)
         is_pair = partner[:, None] == tl.arange(0, acc.shape[1])[None, :]
         gradient += tl.where(is_pair, d_pair[:, None], 0.0)
     if ORDER:
         gradient = over_distance(gradient, acc)
-    row, column, piece = tile
+    row, column, piece, _ = tile
     offs_m = row + tl.arange(0, acc.shape[0])
     offs_n = column + tl.arange(0, acc.shape[1])
     pointers = target.pointer + (offs_m - piece.row_start).to(tl.int64)[:, None] * target.stride
