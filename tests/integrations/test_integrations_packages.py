@@ -157,6 +157,45 @@ def test_clip_loss_takes_numbers(clip_losses):
     assert clip_losses[0]()(im, s, 20.0, float("nan")).isnan()
 
 
+@pytest.fixture
+def siglip_losses():
+    theirs = require("open_clip.loss").SigLipLoss
+    from fused_vse.integrations.open_clip import SigLipLoss
+
+    return SigLipLoss, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("batch", UNIT_BATCHES)
+def test_siglip_loss(siglip_losses, batch, scale, dtype):
+    """Scale and bias are parameters of the model."""
+
+    def with_parameters(loss):
+        return lambda im, s, x, bias: loss(im, s, x.reshape(()) * scale, bias.reshape(()))
+
+    inputs = (*BATCHES[batch], torch.ones(1), torch.full((1,), -scale))
+    ours, theirs = (with_parameters(make()) for make in siglip_losses)
+    assert_same(ours, theirs, inputs, dtype)
+
+
+def test_siglip_loss_is_what_the_trainer_expects(siglip_losses):
+    make_ours, make_theirs = siglip_losses
+    ours = make_ours(True, 0, 1, dist_impl="shift", chunk_size=4096)
+    assert isinstance(ours, make_theirs)
+    im, s = (x.float() for x in random_batch())
+    output = {"image_features": im, "text_features": s, "logit_scale": torch.tensor(10.0)}
+    for bias in (torch.tensor(-10.0), -10.0):
+        losses = ours(**output, logit_bias=bias, output_dict=True)
+        assert list(losses) == ["contrastive_loss"]
+        expected = make_theirs()(**output, logit_bias=bias)
+        assert torch.isclose(losses["contrastive_loss"], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="dist_impl must be one of .*'ring'"):
+        make_ours(dist_impl="ring")
+    with pytest.raises(TypeError, match="logit_bias must be a float.*'wrong'"):
+        ours(**output, logit_bias="wrong")
+
+
 # --------------------------------------------------------------------------------- sentence_transformers
 JOINT = ["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 RANKING_OPTIONS = {
@@ -167,7 +206,20 @@ RANKING_OPTIONS = {
     "documents, too": {"directions": ["query_to_doc", "doc_to_doc"]},
     "everything": {"directions": JOINT, "scale": 50.0},
     "one, per direction": {"partition_mode": "per_direction"},
-    "hardness": {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0},
+    "hardness of others": {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0},
+    "hardness of its own": {"hardness_mode": "hard_negatives", "hardness_strength": 5.0},
+    "hardness of all": {
+        "hardness_mode": "all_negatives",
+        "hardness_strength": 3.0,
+        "directions": JOINT,
+    },
+    "hardness in both directions": {
+        "hardness_mode": "in_batch_negatives",
+        "hardness_strength": 9.0,
+        "directions": JOINT[:2],
+        "partition_mode": "per_direction",
+    },
+    "no hardness": {"hardness_mode": "all_negatives", "hardness_strength": 0.0},
 }
 
 

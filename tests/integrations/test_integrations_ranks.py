@@ -11,7 +11,9 @@ from test_integrations import B, random_batch, run
 MODES = [(False, False), (True, False), (False, True), (True, True)]
 RANKS = 2
 SCALE = 20.0
-PACKAGES = {"clip": "open_clip", "ranking": "sentence_transformers"}
+STRENGTHS = (0.0, 5.0)  # of the hardness weighting
+IMPLEMENTATIONS = ["bidir", "shift", "reduce", "gather"]
+PACKAGES = {"clip": "open_clip", "siglip": "open_clip", "ranking": "sentence_transformers"}
 
 
 def clip_losses() -> dict:
@@ -20,6 +22,14 @@ def clip_losses() -> dict:
     from fused_vse.integrations.open_clip import ClipLoss
 
     return {"ours": ClipLoss, "theirs": Theirs}
+
+
+def siglip_losses() -> dict:
+    from open_clip.loss import SigLipLoss as Theirs
+
+    from fused_vse.integrations.open_clip import SigLipLoss
+
+    return {"ours": SigLipLoss, "theirs": Theirs}
 
 
 def ranking_losses() -> dict:
@@ -65,9 +75,18 @@ def _rank(project: str, rank: int, port: int, result) -> None:
                 loss = make(*mode, rank=rank, world_size=RANKS)
                 answers[name, mode] = _answer(loss, inputs)
         _check_mistake(rank, inputs)
+    elif project == "siglip":
+        inputs += [torch.tensor(x, dtype=torch.float64) for x in (SCALE, -SCALE)]
+        for name, make in siglip_losses().items():
+            for implementation in IMPLEMENTATIONS:
+                loss = make(rank=rank, world_size=RANKS, dist_impl=implementation)
+                answers[name, implementation] = _answer(loss, inputs)
     else:
         for name, make in ranking_losses().items():
-            answers[name] = _answer(ranking(make, gather_across_devices=True), inputs)
+            for strength in STRENGTHS:
+                options = {"hardness_mode": "in_batch_negatives", "hardness_strength": strength}
+                loss = ranking(make, gather_across_devices=True, **options)
+                answers[name, strength] = _answer(loss, inputs)
     result.put((rank, answers))
     torch.distributed.destroy_process_group()
 
@@ -126,10 +145,32 @@ def test_clip_loss_has_the_projects_value(clip, mode):
                 assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.fixture(scope="module")
+def siglip():
+    answers = on_two_ranks("siglip")
+    inputs = (*random_batch(), torch.tensor(SCALE), torch.tensor(-SCALE))
+    return answers, run(siglip_losses()["theirs"](), inputs, torch.float64)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_siglip_loss_has_the_projects_value_and_gradient(siglip, implementation):
+    answers, expected = siglip
+    assert_average(answers["ours", implementation], expected)
+    both = zip(answers["ours", implementation], answers["theirs", implementation], strict=True)
+    for ours, theirs in both:
+        for x, y in zip(ours[:3], theirs[:3], strict=True):
+            assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
 def test_ranking_loss_gathers_with_gradient():
     answers = on_two_ranks("ranking")
     whole = run(ranking(ranking_losses()["theirs"]), random_batch(), torch.float64)
-    assert_average(answers["ours"], whole)
-    for ours, theirs in zip(answers["ours"], answers["theirs"], strict=True):
+    assert_average(answers["ours", 0.0], whole)
+    both = [
+        pair
+        for strength in STRENGTHS
+        for pair in zip(answers["ours", strength], answers["theirs", strength], strict=True)
+    ]
+    for ours, theirs in both:
         for x, y in zip(ours, theirs, strict=True):
             assert torch.allclose(x, y, rtol=1e-9, atol=1e-12)
