@@ -5,15 +5,30 @@ from typing import NamedTuple
 
 from torch import Tensor, distributed
 
-from fused_vse import LossStatistics, all_negatives_loss, hardest_negative_loss, hinge_loss
+from fused_vse import (
+    LossStatistics,
+    all_negatives_loss,
+    hardest_negative_loss,
+    hinge_loss,
+    sigmoid_loss,
+)
 
 DEFAULT_MARGINS = {
     "all_negatives": 0.0,
     "hardest_negative": 0.2,
     "hinge": 0.2,
     "hinge_hardest": 0.2,
+    "sigmoid": 0.0,
 }
 LOSSES = tuple(DEFAULT_MARGINS)
+# Options that only some losses have.
+OPTIONS = {
+    "smooth": ("hardest_negative",),
+    "select": ("hardest_negative",),
+    "hardness": ("all_negatives",),
+    "false_negative_margin": ("all_negatives", "hardest_negative", "hinge", "hinge_hardest"),
+    "bias": ("sigmoid",),
+}
 # These collapse from scratch, and start with epochs of all_negatives instead.
 HARDEST_LOSSES = ("hardest_negative", "hinge_hardest")
 # On the plateau the positive and the hardest score of an anchor differ by less than this share of
@@ -28,7 +43,7 @@ class Objective(NamedTuple):
     name: str
     temperature: float
     margin: float
-    smooth: bool
+    options: dict[str, object]  # of OPTIONS, those that are not their defaults
     backend: str
     group: distributed.ProcessGroup | None = None  # the ranks whose pairs are one batch
 
@@ -39,26 +54,28 @@ class Objective(NamedTuple):
         ids: Tensor,  # [K], the image of each pair
     ) -> tuple[Tensor, LossStatistics | None]:
         """Returns the loss, and the statistics where they come for free."""
-        shared = {
-            "margin": self.margin,
+        keywords = {
             "image_ids": ids,
             "caption_ids": ids,
             "reduction": "mean",
-            "return_statistics": self.name in HARDEST_LOSSES,
             "backend": self.backend,
             "group": self.group,
+            **self.options,
         }
-        if self.name == "all_negatives":
-            return all_negatives_loss(
-                images, captions, temperature=self.temperature, **shared
-            ), None
-        if self.name == "hinge":
-            return hinge_loss(images, captions, **shared), None
+        if self.name != "sigmoid":
+            keywords["margin"] = self.margin
         if self.name == "hinge_hardest":
-            return hinge_loss(images, captions, hardest=True, **shared)
-        return hardest_negative_loss(
-            images, captions, temperature=self.temperature, smooth=self.smooth, **shared
-        )
+            keywords["hardest"] = True
+        if not self.name.startswith("hinge"):
+            keywords["temperature"] = self.temperature
+        loss = {
+            "all_negatives": all_negatives_loss,
+            "hardest_negative": hardest_negative_loss,
+            "sigmoid": sigmoid_loss,
+        }.get(self.name, hinge_loss)
+        if self.name in HARDEST_LOSSES:
+            return loss(images, captions, return_statistics=True, **keywords)
+        return loss(images, captions, **keywords), None
 
     @property
     def slope(self) -> float:
@@ -73,7 +90,8 @@ class Objective(NamedTuple):
         if self.name != "hardest_negative":
             return None
         logit = self.margin / self.temperature
-        return 2 * (math.log1p(math.exp(-logit)) + logit) if self.smooth else 2 * logit
+        smooth = self.options.get("smooth")
+        return 2 * (math.log1p(math.exp(-logit)) + logit) if smooth else 2 * logit
 
     def on_plateau(self, gap: float) -> bool:
         """Whether an epoch's mean |h - p| says that all similarities are about equal."""

@@ -12,7 +12,7 @@ import torch
 from fused_vse import backends, hinge_loss
 
 from .data import InputError
-from .objective import DEFAULT_MARGINS, HARDEST_LOSSES, LOSSES, Objective
+from .objective import DEFAULT_MARGINS, HARDEST_LOSSES, LOSSES, OPTIONS, Objective
 
 WARMUP_SHARE = 0.3  # of the epochs, for the losses that need a warm-up
 
@@ -28,6 +28,10 @@ class Options:
     temperature: float = 0.05
     margin: float | None = None
     smooth: bool = False
+    select: float | None = None
+    hardness: float = 0.0
+    false_negative_margin: float | None = None
+    bias: float = -10.0
     epochs: int = 8
     batch_size: int = 128
     lr: float = 1e-3
@@ -45,7 +49,7 @@ class Options:
         if self.margin is None:
             self.margin = DEFAULT_MARGINS[self.loss]
         if self.warmup_epochs is None:
-            needed = self.loss in HARDEST_LOSSES
+            needed = self.loss in HARDEST_LOSSES and self.select is None
             self.warmup_epochs = math.ceil(WARMUP_SHARE * self.epochs) if needed else 0
         if self.threads is None:
             self.threads = torch.get_num_threads()
@@ -53,15 +57,31 @@ class Options:
             raise InputError(
                 f"--warmup-epochs {self.warmup_epochs} exceeds --epochs {self.epochs}; lower it"
             )
-        if self.smooth and self.loss != "hardest_negative":
-            raise InputError(f"--smooth belongs to --loss hardest_negative, not to {self.loss}")
+        for name in self._special():
+            losses = OPTIONS[name]
+            if self.loss not in losses:
+                owners = " or ".join(losses)
+                raise InputError(f"{_flag(name)} belongs to --loss {owners}, not to {self.loss}")
+        if self.loss == "sigmoid" and self.margin:
+            raise InputError(f"--margin {self.margin}: the sigmoid loss has none; leave it out")
+        if self.select is not None and (self.smooth or self.false_negative_margin is not None):
+            raise InputError(
+                "--select takes the mean of hinges over all negatives; leave it out, or --smooth and"
+                " --false-negative-margin"
+            )
+
+    def _special(self) -> dict[str, object]:
+        """Those of OPTIONS that are not their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
     def objective(self, epoch: int, backend: str | None = None) -> Objective:
         """All negatives during the warm-up, then --loss."""
         backend = backend or self.backend
         if epoch < self.warmup_epochs:
-            return Objective("all_negatives", self.temperature, 0.0, False, backend)
-        return Objective(self.loss, self.temperature, self.margin, self.smooth, backend)
+            return Objective("all_negatives", self.temperature, 0.0, {}, backend)
+        return Objective(self.loss, self.temperature, self.margin, self._special(), backend)
 
 
 class Command(NamedTuple):
@@ -140,6 +160,26 @@ def parse_command(argv: list[str] | None, description: str) -> Command:
         metavar="M",
     )
     add("--smooth", "softplus in place of the hinge of hardest_negative", action="store_true")
+    add(
+        "--select",
+        "where |p - h| of an anchor is smaller, hardest_negative takes the mean over its negatives: from"
+        " scratch, without a warm-up",
+        type=_number(float, 0, 1e30),
+        metavar="E",
+    )
+    add(
+        "--hardness",
+        "weight of hard negatives in all_negatives, 0 for none",
+        type=_number(float, 0, 1e30),
+        metavar="B",
+    )
+    add(
+        "--false-negative-margin",
+        "negatives that score higher than their positive by more are left out",
+        type=_number(float, -1e30, 1e30),
+        metavar="D",
+    )
+    add("--bias", "b of the sigmoid loss", type=_number(float, -1e30, 1e30), metavar="B")
     add("--epochs", "passes over all captions", **size)
     add("--batch-size", "pairs in a batch", type=_number(int, 2, 2**31), metavar="N")
     add("--lr", "learning rate of Adam at the start", type=_number(float, 0, 1e10, open_end=True))

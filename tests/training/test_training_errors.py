@@ -164,6 +164,17 @@ FLAGS = [
     (("--device", "abacus"), "--device abacus: "),
     (("--epochs", "3", "--warmup-epochs", "4"), "--warmup-epochs 4 exceeds --epochs 3"),
     (("--loss", "hinge", "--smooth"), "--smooth belongs to --loss hardest_negative, not to hinge"),
+    (("--loss", "sigmoid", "--margin", "0.1"), "--margin 0.1: the sigmoid loss has none"),
+    (("--loss", "hinge", "--bias", "-3"), "--bias belongs to --loss sigmoid, not to hinge"),
+    (
+        ("--select", "0.1", "--smooth"),
+        "--select takes the mean of hinges over all negatives; leave it out",
+    ),
+    (("--select", "-0.1"), "--select: '-0.1' is not a number of at least 0"),
+    (
+        ("--loss", "sigmoid", "--false-negative-margin", "0"),
+        "--false-negative-margin belongs to --loss all_negatives or hardest_negative or hinge or",
+    ),
     (("--resume",), "--resume needs --output"),
     (("--validate", "--output", "x"), "--validate writes no files; leave out --output"),
     (("--validate", "--backend", "reference"), "--validate compares the reference with a fused"),

@@ -187,7 +187,8 @@ def test_divergence_is_one_line(data, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["hardest_negative", "hinge_hardest"])
 @pytest.mark.parametrize("smooth", [False, True])
 def test_plateau_is_the_loss_of_equal_similarities(name, smooth):
-    loss = Objective(name, 0.1, 0.2, smooth and name == "hardest_negative", "reference")
+    options = {"smooth": True} if smooth and name == "hardest_negative" else {}
+    loss = Objective(name, 0.1, 0.2, options, "reference")
     ones = torch.nn.functional.normalize(torch.ones(6, 4), dim=1)
     value, statistics = loss(ones, ones, torch.arange(6))
     assert value.item() == pytest.approx(loss.plateau, rel=1e-5)
@@ -198,7 +199,7 @@ def test_plateau_is_the_loss_of_equal_similarities(name, smooth):
 
 @pytest.mark.parametrize("name", ["all_negatives", "hinge"])
 def test_no_plateau(name):
-    loss = Objective(name, 0.1, 0.0, False, "reference")
+    loss = Objective(name, 0.1, 0.0, {}, "reference")
     assert loss.plateau is None
     assert not loss.on_plateau(0.0)
 
