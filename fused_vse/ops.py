@@ -287,19 +287,6 @@ def new_gradients(batch: Batch, need_images: bool, need_captions: bool, accumula
     )
 
 
-def ceiling_of(positive: Tensor, false_negative_margin: float | None) -> Tensor | None:
-    """[2 K]: above it, a negative is taken for a false one."""
-    if false_negative_margin is None:
-        return None
-    return (positive.detach() + false_negative_margin).repeat(2)
-
-
-def threshold_of(positive: Tensor, margin: float, inside: Tensor | None) -> Tensor:
-    """[2 K]: where hinges begin; for an anchor that is not `inside` [2 K] nowhere."""
-    threshold = (positive - margin).repeat(2)
-    return threshold if inside is None else threshold.where(inside, torch.inf)
-
-
 def check(batch: Batch, **tensors: Tensor | None) -> None:
     """What a backend in Python asks of a direct call before a kernel runs: nothing is read out of bounds.
 
@@ -356,6 +343,10 @@ def check(batch: Batch, **tensors: Tensor | None) -> None:
 def _require(condition: bool, name: str, got, expected) -> None:
     if not condition:
         raise RuntimeError(f"{name}: expected {expected}, got {got}")
+
+
+# All but those of whole losses.
+STATISTICS = tuple(name for name in OPS if not name.startswith("small_loss"))
 
 
 def define(backend: str, names: Iterable[str] = OPS, prefix: str = "") -> torch.library.Library:

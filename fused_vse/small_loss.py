@@ -6,10 +6,9 @@ The losses composed of the statistics are the op's oracle, and take whatever it 
 import torch
 from torch import Tensor
 
-from .autograd import needs_grad
 from .first_order import first_order_only
 from .ops import Batch, ops_of
-from .statistics import HardestNegatives
+from .statistics import HardestNegatives, needs_grad
 
 
 def small_loss(

@@ -13,26 +13,21 @@ from torch import Tensor
 
 from . import reference
 from .arguments import check_batch, check_temperature, inverse_temperature
-from .autograd import (
-    HardestNegativesOp,
-    HingeSumOp,
-    NegativeLogsumexpOp,
-    SoftplusSumOp,
-    needs_grad,
-)
-from .dispatch import REFERENCE, choose
-from .distributed.peers import Peers, agree
-from .distributed.reduction import shared_by_ranks
-from .distributed.statistics import (
+from .definitions import (
     EqualSum,
     Hardest,
     HingeSum,
     Logsumexp,
+    OfOneProcess,
     SoftplusSum,
-    statistic_over_ranks,
+    parameters_of,
 )
+from .dispatch import REFERENCE, choose
+from .distributed.peers import Peers, agree
+from .distributed.reduction import shared_by_ranks
+from .distributed.statistics import statistic_over_ranks
 from .equal import equal_sums
-from .ops import Batch, ceiling_of, threshold_of
+from .ops import Batch
 
 
 class HardestNegatives(NamedTuple):
@@ -182,17 +177,8 @@ def hardest_statistic(
     peers: Peers | None = None,
     false_negative_margin: float | None = None,
 ) -> HardestNegatives:
-    if peers is not None:
-        statistic = Hardest(false_negative_margin)
-        positive, score, index = statistic_over_ranks(statistic, batch, peers, backend)
-    elif (backend := choose(backend, "hardest_negatives", batch)) == REFERENCE:
-        batch = reference.widened(batch)
-        positive = reference.positive_scores(*batch)
-        ceiling = ceiling_of(positive, false_negative_margin)
-        score, index = reference.hardest_negatives(*batch, ceiling)
-    else:
-        positive, score, index = HardestNegativesOp.apply(backend, false_negative_margin, *batch)
-    return HardestNegatives(positive, _two_rows(score), _two_rows(index))
+    positive, *results = _taken(Hardest(false_negative_margin), batch, backend, peers)
+    return HardestNegatives(positive, *results)
 
 
 def logsumexp_statistic(
@@ -209,33 +195,19 @@ def logsumexp_statistic(
 
     `scale` = 1 / temperature, as `inverse_temperature` gives it.
     """
-    if hardness:
-        # The same at scale + hardness. Its gradient by s is to be multiplied by scale alone, that by the
-        # scale to stay.
-        share = scale / (scale + hardness)
-        wider = scale + hardness
-        if isinstance(scale, Tensor):
-            share = share.detach()
-            wider = _ScaledGradient.apply(wider, 1 / share)
-        statistic = logsumexp_statistic(batch, wider, backend, peers, false_negative_margin)
-        positive, constant, log_sum = statistic
-        log_sum = _ScaledGradient.apply(log_sum, share) + hardness * constant
-        return positive, constant, log_sum
-    number, tensor = _number_or_tensor(scale)
-    if peers is not None:
-        statistic = Logsumexp(number, tensor, false_negative_margin)
-        positive, constant, log_sum = statistic_over_ranks(statistic, batch, peers, backend)
-    elif (backend := choose(backend, "negative_logsumexp", batch)) == REFERENCE:
-        batch = reference.widened(batch)
-        positive = reference.positive_scores(*batch)
-        ceiling = ceiling_of(positive, false_negative_margin)
-        constant, log_sum = reference.negative_logsumexp(*batch, ceiling, scale)
-    else:
-        save_scores = needs_grad(batch.images, batch.captions, tensor)
-        positive, constant, log_sum = NegativeLogsumexpOp.apply(
-            backend, save_scores, false_negative_margin, number, tensor, *batch
-        )
-    return positive, _two_rows(constant), _two_rows(log_sum)
+    if not hardness:
+        statistic = Logsumexp(*_number_or_tensor(scale), false_negative_margin)
+        return _taken(statistic, batch, backend, peers)
+    # The same at scale + hardness. Its gradient by s is to be multiplied by scale alone, that by the scale to
+    # stay.
+    wider, share = scale + hardness, scale / (scale + hardness)
+    if isinstance(scale, Tensor):
+        share = share.detach()
+        wider = _ScaledGradient.apply(wider, 1 / share)
+    positive, constant, log_sum = logsumexp_statistic(
+        batch, wider, backend, peers, false_negative_margin
+    )
+    return positive, constant, _ScaledGradient.apply(log_sum, share) + hardness * constant
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -262,21 +234,8 @@ def hinge_statistic(
     """Positive scores [K] and Σ [margin + s - p]₊ over the negatives [2, K], 0 for anchors not `inside`
     [2, K]."""
     inside = None if inside is None else inside.reshape(-1)
-    if peers is not None:
-        statistic = HingeSum(margin, false_negative_margin, inside)
-        positive, total, _ = statistic_over_ranks(statistic, batch, peers, backend)
-    elif (backend := choose(backend, "hinge_sum", batch)) == REFERENCE:
-        batch = reference.widened(batch)
-        positive = reference.positive_scores(*batch)
-        ceiling = ceiling_of(positive, false_negative_margin)
-        threshold = threshold_of(positive, margin, inside)
-        total, _ = reference.hinge_sum(*batch, ceiling, threshold)
-    else:
-        save_scores = needs_grad(batch.images, batch.captions)
-        positive, total = HingeSumOp.apply(
-            backend, save_scores, false_negative_margin, margin, inside, *batch
-        )
-    return positive, _two_rows(total)
+    statistic = HingeSum(margin, false_negative_margin, inside)
+    return _taken(statistic, batch, backend, peers)[:2]
 
 
 def softplus_statistic(
@@ -289,33 +248,35 @@ def softplus_statistic(
 ) -> tuple[Tensor, Tensor]:
     """Positive scores [K] and Σ log(1 + exp(x)) [2, K] over the entries with x = scale s + bias; ops.py says
     which."""
-    number, tensor = _number_or_tensor(scale)
-    if peers is not None:
-        statistic = SoftplusSum(number, tensor, bias, equal_positive)
-        positive, total, _ = statistic_over_ranks(statistic, batch, peers, backend)
-    elif (backend := choose(backend, "softplus_sum", batch)) == REFERENCE:
-        batch = reference.widened(batch)
-        positive = reference.positive_scores(*batch)
-        total, _ = reference.softplus_sum(*batch, scale, bias, equal_positive)
-    else:
-        save_scores = needs_grad(batch.images, batch.captions, tensor, bias)
-        positive, total = SoftplusSumOp.apply(
-            backend, save_scores, number, tensor, bias, equal_positive, *batch
-        )
-    return positive, _two_rows(total)
+    statistic = SoftplusSum(*_number_or_tensor(scale), bias, equal_positive)
+    return _taken(statistic, batch, backend, peers)[:2]
 
 
 def equal_statistic(
     batch: Batch, backend: str, peers: Peers | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum of an anchor's scores with everything that has its id, and how many that are [2, K]."""
+    if peers is None and choose(backend, "positive_scores", batch) != REFERENCE:
+        results = equal_sums(batch)  # no op: plain PyTorch that differentiates itself
+        return results[0].view(2, -1), results[1].view(2, -1)
+    return _taken(EqualSum(), batch, backend, peers)[1:]
+
+
+def _taken(
+    statistic: NamedTuple, batch: Batch, backend: str, peers: Peers | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive scores [K], and both results [2, K]."""
     if peers is not None:
-        _, total, count = statistic_over_ranks(EqualSum(), batch, peers, backend)
-    elif choose(backend, "positive_scores", batch) == REFERENCE:
-        total, count = reference.equal_sums(*batch)
+        positive, *results = statistic_over_ranks(statistic, batch, peers, backend)
+    elif (backend := choose(backend, statistic.op, batch)) == REFERENCE:
+        batch = reference.widened(batch)
+        positive = reference.positive_scores(*batch)
+        results = statistic.plain(*batch, *statistic.vectors(positive))
     else:
-        total, count = equal_sums(batch)
-    return _two_rows(total), _two_rows(count)
+        tensors = parameters_of(statistic)
+        save_scores = needs_grad(batch.images, batch.captions, *tensors)
+        positive, *results = OfOneProcess.apply(statistic, backend, save_scores, *tensors, *batch)
+    return positive, results[0].view(2, -1), results[1].view(2, -1)
 
 
 def _number_or_tensor(scale: float | Tensor) -> tuple[float, Tensor | None]:
@@ -323,5 +284,5 @@ def _number_or_tensor(scale: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, scale) if isinstance(scale, Tensor) else (scale, None)
 
 
-def _two_rows(statistic: Tensor) -> Tensor:
-    return statistic.view(2, -1)
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

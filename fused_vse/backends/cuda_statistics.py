@@ -13,8 +13,6 @@ import torch
 from .. import ops
 
 HOPPER = ("hardest_negatives", "negative_logsumexp", "hinge_sum")
-STATISTICS = (*HOPPER, "softplus_sum")
-OPS = ("positive_scores", *STATISTICS, *(f"{name}_backward" for name in STATISTICS))
 
 
 def _op(name: str, *arguments):
@@ -41,7 +39,7 @@ def _takes(batch: ops.Batch, save_scores: bool) -> bool:
 
 def register(library: torch.library.Library) -> torch.library.Library:
     """Implements the ops in `library`; the returned one, of the Hopper kernels, must be kept alive."""
-    for name in OPS:
+    for name in ops.STATISTICS:
         library.impl(name, functools.partial(_op, name), "CUDA")
     hopper = ops.define("cuda", HOPPER, prefix="hopper_")
     hopper.define("hopper_takes(Tensor images, Tensor captions) -> bool")

@@ -18,157 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..definitions import Hardest, parameters_of
 from ..dispatch import REFERENCE, choose
-from ..equal import equal_sums, equal_sums_backward
 from ..first_order import first_order_only
-from ..ops import Batch, accumulation_dtype, ceiling_of, ops_of, threshold_of
+from ..ops import Batch, accumulation_dtype, ops_of
 from .exchange import Exchange
 from .peers import Peers
 from .plain import statistic_of_rows
-
-# A statistic as the exchange needs it: the op, how results of several parts merge, the op's backward pass.
-# Results are pairs of tensors with one number an anchor; `vectors`, arguments of the ops, have one likewise.
-# `counts_once`: an entry counts for its row anchor, and where its row is none for its column anchor.
-
-
-class Hardest(NamedTuple):
-    false_negative_margin: float | None = None
-    op: str = "hardest_negatives"
-    counts_once = False
-
-    def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return [ceiling_of(positive, self.false_negative_margin)]
-
-    def forward(self, ops, batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ops.hardest_negatives(*batch, ceiling)
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The larger score, and of equal ones the smaller number; NaN wins."""
-        best, where = parts[0]
-        for score, number in parts[1:]:
-            wins = (score > best) | score.isnan() | ((score == best) & (number < where))
-            best, where = torch.where(wins, score, best), torch.where(wins, number, where)
-        return best, where
-
-    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
-        return reference.hardest_negatives(*arguments)
-
-    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
-        return *ops.hardest_negatives_backward(*batch, *merged, d_positive, d, *needs), None
-
-
-class Logsumexp(NamedTuple):
-    scale: float
-    scale_tensor: Tensor | None
-    false_negative_margin: float | None = None
-    op: str = "negative_logsumexp"
-    counts_once = False
-
-    def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return [ceiling_of(positive, self.false_negative_margin)]
-
-    def forward(self, ops, batch: Batch, ceiling: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ops.negative_logsumexp(*batch, ceiling, self.scale, self.scale_tensor, False)[:2]
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        scale = self.scale if self.scale_tensor is None else self.scale_tensor
-        references, log_sums = (torch.stack(x) for x in zip(*parts, strict=True))
-        found = log_sums != -torch.inf
-        reference = references.where(found, -torch.inf).amax(0)
-        reference = reference.where(found.any(0), 0)
-        terms = scale * (references - reference) + log_sums
-        return reference, terms.where(found, -torch.inf).logsumexp(0)
-
-    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
-        scale = self.scale if self.scale_tensor is None else self.scale_tensor
-        return reference.negative_logsumexp(*arguments, scale)
-
-    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
-        options = *vectors, self.scale, self.scale_tensor, *merged, merged[0].new_empty(0)
-        return ops.negative_logsumexp_backward(*batch, *options, d_positive, d, *needs)
-
-
-class HingeSum(NamedTuple):
-    margin: float
-    false_negative_margin: float | None = None
-    inside: Tensor | None = None
-    op: str = "hinge_sum"
-    counts_once = False
-
-    def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        ceiling = ceiling_of(positive, self.false_negative_margin)
-        return [ceiling, threshold_of(positive, self.margin, self.inside)]
-
-    def forward(self, ops, batch: Batch, ceiling, threshold) -> tuple[Tensor, Tensor]:
-        return ops.hinge_sum(*batch, ceiling, threshold, False)[:2]
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return _sums(parts)
-
-    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
-        return reference.hinge_sum(*arguments)
-
-    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
-        options = *vectors, merged[0], merged[0].new_empty(0)
-        return *ops.hinge_sum_backward(*batch, *options, d_positive, d, *needs), None
-
-
-class SoftplusSum(NamedTuple):
-    scale: float
-    scale_tensor: Tensor | None
-    bias: Tensor
-    equal_positive: bool
-    op: str = "softplus_sum"
-    counts_once = True
-
-    @property
-    def entries(self) -> tuple:
-        return self.scale, self.scale_tensor, self.bias, self.equal_positive
-
-    def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return []
-
-    def forward(self, ops, batch: Batch) -> tuple[Tensor, Tensor]:
-        return ops.softplus_sum(*batch, *self.entries, False)[:2]
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return _sums(parts)
-
-    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
-        scale = self.scale if self.scale_tensor is None else self.scale_tensor
-        return reference.softplus_sum(*arguments, scale, self.bias, self.equal_positive)
-
-    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
-        options = *self.entries, merged[0], merged[0].new_empty(0)
-        return ops.softplus_sum_backward(*batch, *options, d_positive, d, *needs)
-
-
-class EqualSum(NamedTuple):
-    """Of the scores of equal ids, and their number. No op: the positive scores are not to be used."""
-
-    op: str = "positive_scores"
-    counts_once = False
-
-    def vectors(self, positive: Tensor) -> list[Tensor | None]:
-        return []
-
-    def forward(self, ops, batch: Batch) -> tuple[Tensor, Tensor]:
-        return equal_sums(batch)
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return _sums(parts)
-
-    def plain(self, *arguments) -> tuple[Tensor, Tensor]:
-        return reference.equal_sums(*arguments)
-
-    def backward(self, ops, batch, vectors, merged, d_positive, d, needs):
-        return *equal_sums_backward(batch, d), None
-
-
-def _sums(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    one, other = (torch.stack(x) for x in zip(*parts, strict=True))
-    return one.sum(0), other.sum(0)
 
 
 class _OverRanks(torch.autograd.Function):
@@ -187,7 +43,7 @@ class _OverRanks(torch.autograd.Function):
             ctx.calls = calls = list(calls)
         k, rows, columns = exchange.pairs, [], []
         for chunk, batch, vectors in calls:
-            one, other = statistic.forward(ops, batch, *vectors)
+            one, other, _ = statistic.forward(ops, batch, vectors, False)
             if isinstance(statistic, Hardest):
                 other = exchange.to_numbers(chunk, other)
             rows.append((one[:k], other[:k]))
@@ -197,21 +53,18 @@ class _OverRanks(torch.autograd.Function):
         of_rows = statistic.merge(rows)
         of_columns = statistic.merge(list(zip(*received, strict=True)))
         merged = [torch.cat(x) for x in zip(of_rows, of_columns, strict=True)]
-        ctx.mark_non_differentiable(merged[0 if isinstance(statistic, Logsumexp) else 1])
+        ctx.mark_non_differentiable(merged[1 - statistic.differentiable])
         ctx.anchors = fields[4:]
         ctx.save_for_backward(*fields[:4], *merged)
         return positive, *merged
 
     @staticmethod
-    def backward(ctx, d_positive, d_one, d_other):
+    def backward(ctx, d_positive, *d_results):
         *tensors, one, other = ctx.saved_tensors
         own, statistic, exchange = Batch(*tensors, *ctx.anchors), ctx.statistic, ctx.exchange
-        k, merged, d_bias = exchange.pairs, (one, other), None
-        d = d_other if isinstance(statistic, Logsumexp) else d_one
-        if isinstance(statistic, HingeSum):
-            d_positive = d_positive - (other * d).view(2, k).sum(0)
-        if isinstance(statistic, SoftplusSum):
-            d_bias = (other * d).sum()
+        k, merged, d = exchange.pairs, (one, other), d_results[statistic.differentiable]
+        more, d_bias = statistic.of_parameters(merged, d)
+        d_positive, nothing = d_positive + more, d_positive.new_empty(0)
         vectors = *merged, d
         of_pairs = [exchange.of_pairs(x[k:]) for x in vectors]
         needs = ctx.needs_input_grad[5:7]
@@ -228,7 +81,7 @@ class _OverRanks(torch.autograd.Function):
                 other = exchange.to_positions(chunk, other)
             of_chunk = d_positive[batch.pair_row : batch.pair_row + batch.pair_count]
             to_images, to_captions, to_scale = statistic.backward(
-                ctx.ops, batch, of_anchors, (one, other), of_chunk, d, (*needs, True)
+                ctx.ops, batch, of_anchors, (one, other), nothing, of_chunk, d, (*needs, True)
             )
             if needs[0]:
                 d_images += to_images
@@ -254,5 +107,5 @@ def statistic_over_ranks(
     backend = choose(backend, statistic.op, batch)
     if backend == REFERENCE:
         return statistic_of_rows(statistic, batch, peers)
-    tensors = (getattr(statistic, name, None) for name in ("scale_tensor", "bias"))
+    tensors = parameters_of(statistic)
     return _OverRanks.apply(statistic, peers, ops_of(backend), *tensors, *batch)

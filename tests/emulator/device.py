@@ -148,7 +148,7 @@ def _add_triton_ops() -> None:
     from fused_vse.backends import triton
     from fused_vse.backends.triton import ops as triton_ops
 
-    for name in triton_ops.NAMES:
+    for name in ops.STATISTICS:
         module = triton_ops.backward if name.endswith("_backward") else triton_ops.forward
         triton._library.impl(name, triton_ops._op(getattr(module, name)), "CPU")
 
@@ -159,6 +159,6 @@ def cuda_emulation() -> cuda_ops.Emulation:
 
     library = os.environ.get(cuda_ops.LIBRARY_VARIABLE)
     emulation = cuda_ops.Emulation(Path(library) if library else cuda_ops.built())
-    for name in cuda_statistics.OPS:
+    for name in ops.STATISTICS:
         cuda._library.impl(name, functools.partial(cuda_statistics._op, name), "CPU")
     return emulation

@@ -55,7 +55,7 @@ def test_what_small_loss_does_not_take_is_named(shape, options, message):
     assert cuda.takes("small_loss", batch_of(x, captions, **options)) == message
 
 
-@pytest.mark.parametrize("op", [name for name in ops.OPS if not name.startswith("small_loss")])
+@pytest.mark.parametrize("op", ops.STATISTICS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_statistics_need_triton(op, dtype, monkeypatch):
     x = torch.empty(600, 24, dtype=dtype, device="meta")
@@ -137,10 +137,6 @@ def test_scores_to_be_saved_are_tritons(name, call):
     assert called == (f"cuda hopper_{name}", (*options, False))
 
 
-@pytest.mark.parametrize("name", sorted(set(cuda_statistics.OPS) - set(OPTIONS)))
+@pytest.mark.parametrize("name", sorted(set(ops.STATISTICS) - set(OPTIONS)))
 def test_everything_else_is_tritons(name, call):
     assert call(name, batch_of(SMALL, SMALL), 1, 2, 3) == (f"triton {name}", (1, 2, 3))
-
-
-def test_every_op_has_an_implementation():
-    assert set(cuda_statistics.OPS) | {"small_loss", "small_loss_backward"} == set(ops.OPS)

@@ -35,7 +35,7 @@ def test_every_score_is_computed_once_and_captions_travel_once_forward_and_once_
 
 @cpu
 def test_chunks_of_the_captions():
-    assert on_ranks(3, ranks_use.chunked) == [2 * 5 * 3 * 2] * 3
+    assert on_ranks(3, ranks_use.chunked) == [2 * (5 * 3 + 8) * 2] * 3
 
 
 @cpu

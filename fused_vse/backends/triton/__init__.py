@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from ...ops import DOT, Batch
+from ...ops import DOT, STATISTICS, Batch
 
 try:
     import triton
@@ -24,7 +24,7 @@ except ImportError as error:
     _MISSING = f"Triton does not import ({error}); install it with `pip install triton`"
 
 if triton is not None:
-    from .ops import NAMES, register
+    from .ops import register
     from .plan import set_workspace_bytes, workspace_bytes
     from .tiles import INTERPRETED
 
@@ -65,7 +65,7 @@ def unavailable() -> str | None:
 
 def takes(op: str, batch: Batch) -> str | None:
     """None, or what follows the backend's name in a sentence that says why it does not compute `op`."""
-    return None if op in NAMES else f"has no {op}"
+    return None if op in STATISTICS else f"has no {op}"
 
 
 def prefers(op: str, batch: Batch) -> bool:

@@ -2,11 +2,8 @@
 
 import torch
 
-from ...ops import Batch, define
+from ...ops import STATISTICS, Batch, define
 from . import backward, forward
-
-STATISTICS = ("hardest_negatives", "negative_logsumexp", "hinge_sum", "softplus_sum")
-NAMES = ("positive_scores", *STATISTICS, *(f"{name}_backward" for name in STATISTICS))
 
 
 def _op(function):
@@ -26,8 +23,8 @@ def _op(function):
 
 def register(dispatch_key: str) -> torch.library.Library:
     """Defines every op; the returned library must be kept alive."""
-    library = define("triton", NAMES)
-    for name in NAMES:
+    library = define("triton", STATISTICS)
+    for name in STATISTICS:
         module = backward if name.endswith("_backward") else forward
         library.impl(name, _op(getattr(module, name)), dispatch_key)
     return library
