@@ -119,6 +119,7 @@ def train(
             if not ranks.first:
                 continue
             sums, captions = trainer.sums, len(trainer.captions)
+            on_plateau = objective.on_plateau(sums.gap / captions)
             start = time.monotonic()
             dev = evaluate(data.dev, *embed(trainer.model, data.dev, vocabulary))
             best = all(dev.rsum > line["dev"]["rsum"] for line in history)
@@ -134,6 +135,7 @@ def train(
                     "active_share": sums.active / captions
                     if objective.name in HARDEST_LOSSES
                     else None,
+                    "on_plateau": on_plateau,
                     "learning_rate": learning_rate,
                     "dev": report.as_json(dev),
                     "best": best,
@@ -141,7 +143,7 @@ def train(
                 }
             )
             bar.write(report.epoch_line(history[-1]))
-            if objective.on_plateau(sums.gap / captions):
+            if on_plateau:
                 bar.write(plateau_warning(objective, history[-1]["loss"], sums.gap / captions))
             save(output, about, trainer, history, best_model)
             saved_at = time.monotonic()
@@ -155,7 +157,8 @@ def plateau_warning(objective: Objective, loss: float, gap: float) -> str:
     return (
         f"warning: the loss sits at {loss:.3f}, by the plateau {objective.plateau:.3f} of"
         f" {objective.name} where all similarities are equal (positive and hardest negative"
-        f" differ by {gap:.3f}): start with more --warmup-epochs, or lower --lr or --margin"
+        f" differ by {gap:.3f}): --select 0.05 leaves it, or start with more --warmup-epochs, or lower"
+        " --lr or --margin"
     )
 
 

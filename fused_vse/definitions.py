@@ -9,7 +9,7 @@ A definition is a NamedTuple of the op's numbers with
     forward(ops, batch, vectors, save_scores): both results, and the kept scores
     plain(*batch, *vectors): both results by the reference
     backward(ops, batch, vectors, results, scores, d_positive, d, needs): d_images, d_captions, d_scale
-    of_parameters(results, d): what the derivatives by thresholds add to d_positive, and d_bias
+    of_parameters(results, d, d_positive): d_positive with the derivatives by thresholds, and d_bias
     merge(parts): both results from those of several parts of the candidates
 """
 
@@ -24,8 +24,8 @@ from .first_order import first_order_only
 from .ops import ops_of
 
 
-def _none(self, results: tuple[Tensor, Tensor], d: Tensor):
-    return 0, None
+def _none(self, results: tuple[Tensor, Tensor], d: Tensor, d_positive: Tensor):
+    return d_positive, None
 
 
 class Hardest(NamedTuple):
@@ -110,8 +110,8 @@ class HingeSum(NamedTuple):
         options = *vectors, results[0], scores
         return *ops.hinge_sum_backward(*batch, *options, d_positive, d, *needs), None
 
-    def of_parameters(self, results: tuple[Tensor, Tensor], d: Tensor):
-        return -(results[1] * d).view(2, -1).sum(0), None
+    def of_parameters(self, results: tuple[Tensor, Tensor], d: Tensor, d_positive: Tensor):
+        return d_positive - (results[1] * d).view(2, -1).sum(0), None
 
 
 class SoftplusSum(NamedTuple):
@@ -143,8 +143,8 @@ class SoftplusSum(NamedTuple):
         options = *self.entries, results[0], scores
         return ops.softplus_sum_backward(*batch, *options, d_positive, d, *needs)
 
-    def of_parameters(self, results: tuple[Tensor, Tensor], d: Tensor):
-        return 0, (results[1] * d).sum()
+    def of_parameters(self, results: tuple[Tensor, Tensor], d: Tensor, d_positive: Tensor):
+        return d_positive, (results[1] * d).sum()
 
 
 class EqualSum(NamedTuple):
@@ -209,10 +209,10 @@ class OfOneProcess(torch.autograd.Function):
         vectors, statistic = ctx.saved_tensors[7:], ctx.statistic
         d, results = d_results[statistic.differentiable], (one, other)
         needed = ctx.needs_input_grad[5:7]
-        more, d_bias = statistic.of_parameters(results, d)
+        d_positive, d_bias = statistic.of_parameters(results, d, d_positive)
         *gradients, d_scale = statistic.backward(
             ops_of(ctx.backend), (*tensors, *ctx.anchors), vectors, results, scores,
-            d_positive + more, d, (*needed, False),
+            d_positive, d, (*needed, False),
         )  # fmt: skip
         needed = *needed, *ctx.needs_input_grad[3:5]
         d_images, d_captions, d_scale, d_bias = first_order_only(

@@ -62,6 +62,7 @@ def _check_history(history: object, options: Options, epochs: int, path: Path) -
             "phase": phase,
             "loss": 0.0,
             "active_share": 0.0 if phase in HARDEST_LOSSES else None,
+            "on_plateau": False,
             "learning_rate": 0.0,
             "dev": dev,
             "best": True,

@@ -63,8 +63,8 @@ class _OverRanks(torch.autograd.Function):
         *tensors, one, other = ctx.saved_tensors
         own, statistic, exchange = Batch(*tensors, *ctx.anchors), ctx.statistic, ctx.exchange
         k, merged, d = exchange.pairs, (one, other), d_results[statistic.differentiable]
-        more, d_bias = statistic.of_parameters(merged, d)
-        d_positive, nothing = d_positive + more, d_positive.new_empty(0)
+        d_positive, d_bias = statistic.of_parameters(merged, d, d_positive)
+        nothing = d_positive.new_empty(0)
         vectors = *merged, d
         of_pairs = [exchange.of_pairs(x[k:]) for x in vectors]
         needs = ctx.needs_input_grad[5:7]

@@ -99,6 +99,23 @@ def test_learned_temperature_of_normalised_rows(device, precision):
     )
 
 
+@on_each_machine
+@pytest.mark.parametrize("side", ["images", "captions"])
+@each_loss
+def test_small_losses_of_one_side(device, loss, side):
+    """The other one is frozen."""
+    precision = of_small_loss(PRECISIONS["fp32"])
+    narrow = {k: x.to(device.type, precision.dtype) for k, x in embeddings(WIDE, precision).items()}
+    options = {k: losses.on(device, x) for k, x in keywords(WIDE, True).items()}
+    results = []
+    for backend, dtype in (("cuda", torch.float32), ("reference", torch.float64)):
+        both = {name: x.to(dtype) for name, x in narrow.items()}
+        leaf = {side: both.pop(side)}
+        results.append(losses.differentiated(loss, leaf, backend, both | options))
+    errors = [losses.relative_error(a, b) for a, b in zip(*results, strict=True)]
+    assert errors[0] <= precision.loss and errors[1] <= precision.gradient, errors
+
+
 @on_hopper
 @each_ids
 @each_shape(*HOPPER_SHAPES)

@@ -35,7 +35,6 @@ BUGS = [
     bug("whole loss: the temperature's gradient through the scores", SMALL, "      by_alpha += double(*data<T>(through_scores));\n", ""),
     bug("whole loss: input that may overflow", SMALL, "!source.e.has_bounded_dots() ||", ""),
     bug("order: the images' gradient has the captions' sign", KERNELS, "(IMAGES ? weight : -weight)", "weight"),
-    bug("order: a pair without distance moves", ORDER, "return score < 0 ? x / -score : T(0);", "return score < 0 ? x / -score : x;"),
     bug("given scores that would overflow", "given.h", "< std::numeric_limits<T>::max() / 4;", "<= std::numeric_limits<T>::max();"),
     bug("given scores: what no anchor sees keeps memory", "given.h", "      torch::stable::zero_(unseen);\n", ""),
     bug("search: half of the error's bound", SEARCH, "rounding * std::fabs(top) - 2 * error;", "rounding * std::fabs(top) - 0.001 * error;"),

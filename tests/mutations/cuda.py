@@ -67,4 +67,5 @@ BUGS = [
     small("no barrier before the gains are found", "small_loss.cuh", "  shared.largest[thread] = largest;\n  __syncthreads();", "  shared.largest[thread] = largest;"),
     small("workspace without the last strip", PLAN, "w.not_finite = w.of_columns + int64_t(plan.strips()) * m", "w.not_finite = w.of_columns + int64_t(plan.strips() - 1) * m"),
     small("rows beyond the last are copied", TILES, "r >= x.count || c >= x.dim", "r > x.count || c >= x.dim"),
+    Bug("small: one side's gradient only", "fused_vse/small_loss.py", "needs_grad(batch.images), needs_grad(batch.captions), tensor", "needs_grad(batch.images), needs_grad(batch.images), tensor"),
 ]  # fmt: skip

@@ -216,7 +216,7 @@ def test_plateau_warning_says_what_to_do(data, tmp_path, capsys, monkeypatch):
     assert train(*TINY, *flags, "--data", data, "--output", str(tmp_path / "run")) == 0
     shown = capsys.readouterr().out
     assert "warning: the loss sits at 8.000, by the plateau 8.000 of hardest_negative" in shown
-    assert "start with more --warmup-epochs" in shown
+    assert "--select 0.05 leaves it, or start with more --warmup-epochs" in shown
 
 
 # --------------------------------------------------------------------------------------- validate
