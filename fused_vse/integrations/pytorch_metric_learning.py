@@ -1,10 +1,13 @@
-"""PyTorch Metric Learning: `losses.NTXentLoss` (arXiv 2002.05709), for paired modalities or views."""
+"""PyTorch Metric Learning: `losses.NTXentLoss` (arXiv 2002.05709) and `losses.SupConLoss` (arXiv
+2004.11362), for paired modalities or views."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..arguments import INTEGER
+from ..equal import count_equal, equal_sums
+from ..ops import DOT, Batch, accumulation_dtype
 from ..statistics import negative_logsumexp
 
 try:
@@ -35,12 +38,7 @@ class NTXentLoss(losses.NTXentLoss):
         ref_labels: Tensor,  # [M]
     ) -> dict:
         """The losses of all positive pairs in the library's form."""
-        if (
-            indices_tuple is not None
-            or any(ids is None or ids.dtype not in INTEGER for ids in (labels, ref_labels))
-            or type(self.distance) not in (CosineSimilarity, DotProductSimilarity)
-            or self.distance.power != 1
-        ):
+        if not _is_ours(self.distance, labels, indices_tuple, ref_labels):
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         anchor, other = _equal_pairs(labels.long(), ref_labels.long())
         num_negatives = labels.numel() * ref_labels.numel() - anchor.numel()
@@ -51,22 +49,7 @@ class NTXentLoss(losses.NTXentLoss):
             return self.zero_losses()  # as the library does
 
         rows, columns = map(self.distance.maybe_normalize, (embeddings, ref_emb))
-        # There are at most M anchors in a call.
-        negatives = torch.cat(
-            [
-                negative_logsumexp(
-                    block,
-                    columns,
-                    temperature=self.temperature,
-                    image_ids=ids,
-                    caption_ids=ref_labels,
-                    num_pairs=block.shape[0],
-                ).logsumexp[0]
-                for block, ids in zip(
-                    rows.split(columns.shape[0]), labels.split(columns.shape[0]), strict=True
-                )
-            ]
-        )
+        negatives = _logsumexp(rows, columns, labels, ref_labels, self.temperature)
         pairs = rows[anchor].to(negatives.dtype) * columns[other].to(negatives.dtype)
         positive = pairs.sum(1) / self.temperature
         return {
@@ -76,6 +59,81 @@ class NTXentLoss(losses.NTXentLoss):
                 "reduction_type": "pos_pair",
             }
         }
+
+
+class SupConLoss(losses.SupConLoss):
+    """The library's loss in memory linear in the batch, under the conditions of `NTXentLoss`.
+
+    16-bit embeddings are converted to float32: the gradient is what two large terms leave.
+    """
+
+    def compute_loss(
+        self,
+        embeddings: Tensor,  # [N, D]
+        labels: Tensor,  # [N]
+        indices_tuple: tuple | None,
+        ref_emb: Tensor,  # [M, D]
+        ref_labels: Tensor,  # [M]
+    ) -> dict:
+        """The losses of all anchors in the library's form; 0 for one without positives."""
+        if not _is_ours(self.distance, labels, indices_tuple, ref_labels):
+            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        with_themselves = ref_labels is labels
+        labels, ref_labels = labels.long(), ref_labels.long()
+        count = count_equal(ref_labels, labels)
+        num_negatives = labels.numel() * ref_labels.numel() - count.sum()
+        num_positives = (count - int(with_themselves)).sum()
+        if min(num_positives, num_negatives) == 0 or max(num_positives, num_negatives) == 1:
+            return self.zero_losses()  # as the library does
+
+        rows, columns = map(self.distance.maybe_normalize, (embeddings, ref_emb))
+        rows, columns = (x.to(accumulation_dtype(x.dtype)) for x in (rows, columns))
+        total, count = equal_sums(
+            Batch(rows, columns, labels, ref_labels, len(rows), 0, 0, 0, 0, DOT)
+        )
+        number = torch.arange(len(rows), device=labels.device)
+        others = number if with_themselves else torch.full_like(ref_labels, -1)
+        everything = _logsumexp(rows, columns, number, others, self.temperature)
+        if with_themselves:
+            total, count = total - (rows * columns).sum(1), count - 1
+        mean = total / count.clamp(min=1)
+        return {
+            "loss": {
+                "losses": (everything - mean / self.temperature).where(count > 0, 0),
+                "indices": number,
+                "reduction_type": "element",
+            }
+        }
+
+
+def _is_ours(distance, labels: Tensor, indices_tuple: tuple | None, ref_labels: Tensor) -> bool:
+    return (
+        indices_tuple is None
+        and all(ids is not None and ids.dtype in INTEGER for ids in (labels, ref_labels))
+        and type(distance) in (CosineSimilarity, DotProductSimilarity)
+        and distance.power == 1
+    )
+
+
+def _logsumexp(
+    rows: Tensor, columns: Tensor, ids: Tensor, column_ids: Tensor, temperature: float
+) -> Tensor:
+    """log Σ exp(s / temperature) [N] over the columns of another id."""
+    # There are at most M anchors in a call.
+    blocks = zip(rows.split(columns.shape[0]), ids.split(columns.shape[0]), strict=True)
+    return torch.cat(
+        [
+            negative_logsumexp(
+                block,
+                columns,
+                temperature=temperature,
+                image_ids=block_ids,
+                caption_ids=column_ids,
+                num_pairs=block.shape[0],
+            ).logsumexp[0]
+            for block, block_ids in blocks
+        ]
+    )
 
 
 def _equal_pairs(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -374,6 +374,53 @@ def test_ntxent_in_the_librarys_wrapper(ntxent_losses):
         assert_same(ours, theirs, random_batch())
 
 
+@pytest.fixture
+def supcon_losses():
+    losses = require("pytorch_metric_learning.losses")
+    from fused_vse.integrations.pytorch_metric_learning import SupConLoss
+
+    return SupConLoss, losses.SupConLoss
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("batch", ["random", "duplicates", "all equal", "unnormalised"])
+def test_supcon(supcon_losses, batch, pairing):
+    ours, theirs = (paired(make(temperature=0.1), *PAIRINGS[pairing]) for make in supcon_losses)
+    assert_same(ours, theirs, BATCHES[batch])
+
+
+@pytest.mark.parametrize("images", [1, 2, 5, 70])
+def test_supcon_of_unequal_numbers(supcon_losses, images):
+    labels = torch.arange(images) % B
+    im = unit_rows(images, seed=3)
+    ours, theirs = (paired(make(), labels, LABELS) for make in supcon_losses)
+    assert_same(ours, theirs, (im, random_batch()[1]))
+
+
+@pytest.mark.parametrize("labels", [LABELS.repeat(2), LABELS.repeat(2) % 3, LABELS.repeat(2) * 0])
+def test_supcon_of_views_in_one_batch(supcon_losses, labels):
+    def of_both(make):
+        loss = make(temperature=0.2)
+        return lambda im, s: loss(torch.cat([im, s]), labels)
+
+    assert_same(*map(of_both, supcon_losses), random_batch())
+
+
+def test_supcon_with_the_librarys_parts(supcon_losses):
+    """Mined pairs, other distances and reducers are the library's."""
+    from pytorch_metric_learning import distances, reducers
+
+    mined = (torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([0, 1]), torch.tensor([5, 6]))
+    for options in ({"distance": distances.LpDistance()}, {"reducer": reducers.MeanReducer()}, {}):
+        results = []
+        for make in supcon_losses:
+            im, _ = (x.float().requires_grad_() for x in random_batch())
+            value = make(**options)(im, LABELS % 5, None if options else mined)
+            results.append((value, *torch.autograd.grad(value, [im])))
+        for got, want in zip(*results, strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_ntxent_with_the_librarys_parts(ntxent_losses):
     """Miners, other distances and regularizers run as they do in the library."""
     from pytorch_metric_learning import distances, reducers, regularizers

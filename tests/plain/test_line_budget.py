@@ -12,7 +12,7 @@ import pytest
 
 ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").exists() or p == p.parent)
 # Only ever lowered, or raised with the reason in the commit's message.
-BUDGET = 9690
+BUDGET = 9735
 
 
 def python_lines(text: str) -> int:
