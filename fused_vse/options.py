@@ -58,7 +58,8 @@ def checked_options(
 ) -> Options:
     images = batch.images
     temperature = check_temperature(temperature, images.device)
-    equal_positive = check_choice("equal_ids", equal_ids, ("ignore", "positive")) == "positive"
+    check_choice("equal_ids", equal_ids, ("ignore", "positive"))
+    equal_positive = equal_ids == "positive"
     if false_negative_margin is not None:
         false_negative_margin = check_finite("false_negative_margin", false_negative_margin, images)
     if select is not None:
@@ -72,10 +73,12 @@ def checked_options(
         check_direction_weights(direction_weights, images),
         false_negative_margin,
         equal_positive and batch.image_ids is not None,
-        check_finite("hardness", hardness, images, 0.0),
+        check_finite("hardness", hardness, images, 0.0) if hardness != 0.0 else 0.0,
         select,
-        check_bias(bias, images),
+        check_bias(bias, images) if kind == SIGMOID else 0.0,
     )
+    if false_negative_margin is None and select is None and not equal_positive:
+        return options  # nothing that another option could contradict
     for together, why in (
         (equal_positive and options.margin, "equal_ids='positive' knows no margin; leave it 0"),
         (equal_positive and options.hardness, "equal_ids='positive' knows no hardness; leave it 0"),
