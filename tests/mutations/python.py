@@ -20,7 +20,6 @@ BUGS = [
     Bug("hardness: the gradient is that of both terms", "fused_vse/statistics.py", "_ScaledGradient.apply(log_sum, share) + hardness", "log_sum + hardness"),
     Bug("hardness: the temperature's gradient shrinks, too", "fused_vse/statistics.py", "_ScaledGradient.apply(wider, 1 / share)", "wider"),
     Bug("false negatives: the comparison has a gradient", DEFINITIONS, "(positive.detach() + false_negative_margin).repeat(2)", "(positive - false_negative_margin).repeat(2)"),
-    Bug("select: anchors outside have a sum, too", DEFINITIONS, "threshold.where(inside, torch.inf)", "threshold"),
     Bug("select: the sum in place of the mean", FORMULAS, "total / _negative_counts(batch, peers).clamp(min=1)", "total / 1"),
     Bug("select: the pairs count as negatives", FORMULAS, "return everything - 1", "return everything"),
     Bug("positives: the sum in place of the mean", FORMULAS, "mean = total / count.clamp(min=1)", "mean = total"),
