@@ -75,7 +75,7 @@ def leaves(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-@each(LOSSES, few=90)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_formula(case, name, loss_backend):
     loss, formula, options = LOSSES[name]
@@ -142,7 +142,7 @@ def test_reductions_of_the_sigmoid_loss(name, reduction, loss_backend):
     assert_close(loss(*embeddings(case), **options), expected, 1e-12)
 
 
-@each(WITH_TEMPERATURE, few=60)
+@each(WITH_TEMPERATURE, few=120)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_of_temperature_and_bias(case, name, loss_backend):
     loss, formula, options = LOSSES[name]
