@@ -156,9 +156,9 @@ def train(
 def plateau_warning(objective: Objective, loss: float, gap: float) -> str:
     return (
         f"warning: the loss sits at {loss:.3f}, by the plateau {objective.plateau:.3f} of"
-        f" {objective.name} where all similarities are equal (positive and hardest negative"
-        f" differ by {gap:.3f}): --select 0.05 leaves it, or start with more --warmup-epochs, or lower"
-        " --lr or --margin"
+        f" {objective.name} where all similarities are equal (in one direction, positive and"
+        f" hardest negative differ by {gap:.3f}): --select 0.05 leaves it, or start with more"
+        " --warmup-epochs, or lower --lr or --margin"
     )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import FLOATING, check_embeddings, check_ids, describe
+from .arguments import check_embeddings, check_ids, describe
 
 
 class Phase(NamedTuple):
@@ -134,23 +134,22 @@ class EmbeddingQueue(nn.Module):
     Args:
         size: Q, how many pairs it holds.
         dim: D.
-        dtype: of what it holds; what it gives has the dtype of the batch.
+
+    It holds float32 (`.half()` and the like change that, as of any module) and gives the dtype of the batch.
 
     State:
         images, captions [Q, D], image_ids, caption_ids [Q]: buffers, used as rings.
         pushed: how many pairs were ever appended.
     """
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, size: int, dim: int):
         super().__init__()
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        if dtype not in FLOATING:
-            raise TypeError(f"dtype must be a floating one, such as torch.float32, got {dtype}")
         self.size, self.pushed = size, 0
         for name in ("images", "captions"):
-            self.register_buffer(name, torch.zeros(size, dim, dtype=dtype))
+            self.register_buffer(name, torch.zeros(size, dim))
             self.register_buffer(f"{name[:-1]}_ids", torch.zeros(size, dtype=torch.int64))
 
     def forward(

@@ -35,7 +35,9 @@ class Sums:
     """Over the captions of an epoch, up to the step it has come to."""
 
     loss: float = 0.0
-    gap: float = 0.0  # |h - p|, where the loss comes with statistics
+    gap: float = (
+        0.0  # |h - p| of the direction where it is smaller, if the loss comes with statistics
+    )
     active: float = 0.0  # share of the anchors with margin + h - p > 0, likewise
     seconds: float = 0.0
 
@@ -199,4 +201,4 @@ def evaluate(split: Split, images: Tensor, captions: Tensor) -> Retrieval:
 
 def _gap(statistics: LossStatistics) -> float:
     gaps = (statistics.hardest_scores - statistics.positive_scores).abs()
-    return gaps.where(gaps.isfinite(), 0).mean().item()  # -inf: an anchor without negatives
+    return gaps.where(gaps.isfinite(), 0).mean(1).min().item()  # -inf: an anchor without negatives

@@ -98,11 +98,14 @@ std::vector<T> upstream_of(const Tensor& x, const char* name, int64_t size) {
   return vector_of<T>(converted(x, SCALAR_TYPE<T>), name, size);
 }
 
+inline double scalar_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.numel() == 1, name, " must have one element");
+  return *data<double>(contiguous_as(x, ScalarType::Double));
+}
+
 // The factor of the scores in the exponentials: scale_tensor if given, else scale.
 inline double effective_scale(double scale, const OptionalTensor& scale_tensor) {
-  if (!scale_tensor) return scale;
-  STD_TORCH_CHECK(scale_tensor->numel() == 1, "scale_tensor must have one element");
-  return *data<double>(contiguous_as(*scale_tensor, ScalarType::Double));
+  return scale_tensor ? scalar_of(*scale_tensor, "scale_tensor") : scale;
 }
 
 // Whether exponentials can be had with it.

@@ -1,20 +1,10 @@
 // softplus_sum on the CPU (ops.py).
 #include <cmath>
 
-#include "sources.h"
+#include "anchor_sums.h"
 
 namespace fused_vse {
 namespace {
-
-// What each element of one side has: the sum of softplus and that of its derivative.
-struct SideSums {
-  explicit SideSums(int64_t size) : sum(size), slope(size) {}
-  void add(int64_t i, double s, double slope_of) {
-    sum[i] += s;
-    slope[i] += slope_of;
-  }
-  std::vector<double> sum, slope;
-};
 
 // The entries' x = a s + bias. Those of equal ids, if they count as positives, have a minus: these few are
 // taken out of a strip, and computed one by one in double.
@@ -22,7 +12,7 @@ struct Entries {
   Entries(double scale, const OptionalTensor& scale_tensor, const Tensor& bias_tensor, bool equal_positive,
           const Batch& batch)
       : a(effective_scale(scale, scale_tensor)),
-        bias(effective_scale(0, bias_tensor)),
+        bias(scalar_of(bias_tensor, "bias")),
         negates(equal_positive && batch.image_ids) {}
 
   template <typename T>
@@ -50,47 +40,6 @@ struct Entries {
 double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::fabs(x))); }
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-template <typename T, typename Source>
-bool forward(const Pass<T>& pass, Source& source, const Entries& entries, T* softplus_sum, T* sigmoid_sum) {
-  const int64_t num_rows = pass.batch.row_anchors, num_cols = pass.batch.column_anchors;
-  SideSums rows(num_rows), cols(num_cols);
-  std::vector<SideSums> group_cols(pass.groups(), SideSums(pass.batch.m()));
-  std::vector<T> row_sum(pass.row_slots()), row_slope(pass.row_slots());
-
-  const auto task = [&](const Strip<T>& strip) {
-    T sum[PANEL], slope[PANEL];
-    std::fill_n(sum, strip.cols(), T(0));
-    std::fill_n(slope, strip.cols(), T(0));
-    const int64_t at = pass.row_slot(strip.panel, strip.row_in_tile);
-    const auto equal = entries.take(pass, strip);
-    kernels<T>().softplus_sums(strip.scores, entries.a, entries.bias, &row_sum[at], &row_slope[at], sum,
-                               slope);
-    const bool of_rows = strip.row() < num_rows;  // all of its rows are anchors, or none is
-    for (const auto& [r, c, score] : equal) {
-      const double x = entries.x(score);
-      (of_rows ? row_sum[at + r] : sum[c]) += T(softplus(-x));
-      (of_rows ? row_slope[at + r] : slope[c]) -= T(sigmoid(-x));
-    }
-    for (int64_t c = 0; !of_rows && c < strip.cols(); ++c)
-      group_cols[strip.group].add(strip.col() + c, double(sum[c]), double(slope[c]));
-  };
-  const auto finish = [&](const Tile& tile) {
-    for (int64_t panel = 0; panel < tile.panels(); ++panel)
-      for (int64_t r = 0; r < std::min(tile.rows, num_rows - tile.row); ++r) {
-        const int64_t at = pass.row_slot(panel, r);
-        rows.add(tile.row + r, double(row_sum[at]), double(row_slope[at]));
-      }
-  };
-  if (!pass.run(source, task, finish)) return false;
-  for (const SideSums& group : group_cols)
-    for (int64_t c = 0; c < num_cols; ++c) cols.add(c, group.sum[c], group.slope[c]);
-  for (const SideSums* side : {&rows, &cols}) {
-    softplus_sum = std::copy(side->sum.begin(), side->sum.end(), softplus_sum);
-    sigmoid_sum = std::copy(side->slope.begin(), side->slope.end(), sigmoid_sum);
-  }
-  return true;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> softplus_sum(const Batch& batch, double scale,
@@ -102,10 +51,24 @@ std::tuple<Tensor, Tensor, Tensor> softplus_sum(const Batch& batch, double scale
     const KeptScores kept = kept_scores(batch, save_scores);
     const Entries entries(scale, scale_tensor, bias, equal_positive, batch);
     const Pass<T> pass(batch, std::nullopt, entries.negates);
-    const bool done =
-        is_usable<T>(entries.a) && with_source<T>(batch, kept, [&](auto& source) {
-          return source.is_bounded() && forward(pass, source, entries, data<T>(sums), data<T>(slopes));
-        });
+    const auto task = [&](const Strip<T>& strip, T* row_sum, T* row_slope, T* col_sum, T* col_slope) {
+      const auto equal = entries.take(pass, strip);
+      kernels<T>().softplus_sums(strip.scores, entries.a, entries.bias, row_sum, row_slope, col_sum,
+                                 col_slope);
+      const bool of_rows = strip.row() < batch.row_anchors;  // all of its rows are anchors, or none is
+      for (const auto& [r, c, score] : equal) {
+        const double x = entries.x(score);
+        (of_rows ? row_sum[r] : col_sum[c]) += T(softplus(-x));
+        (of_rows ? row_slope[r] : col_slope[c]) -= T(sigmoid(-x));
+      }
+      if (!of_rows) return;
+      std::fill_n(col_sum, strip.cols(), T(0));  // an entry counts once
+      std::fill_n(col_slope, strip.cols(), T(0));
+    };
+    const bool done = is_usable<T>(entries.a) && with_source<T>(batch, kept, [&](auto& source) {
+                        return source.is_bounded() &&
+                               sum_anchors<double>(pass, source, task, data<T>(sums), data<T>(slopes));
+                      });
     if (!done) {
       fill(sums, NOT_A_NUMBER<T>);
       fill(slopes, NOT_A_NUMBER<T>);

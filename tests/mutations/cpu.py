@@ -16,7 +16,7 @@ BUGS = [
     bug("the groups' columns are not merged", LOGSUMEXP, "for (const RunningSums<T>& group : group_cols) cols.merge(c, group);", "cols.merge(c, group_cols[0]);"),
     bug("far log-sums overflow", LOGSUMEXP, "if (std::fabs(log_sum) > FAR) {", "if (false) {"),
     bug("the gradient lacks its scale", LOGSUMEXP, "T(a * g[i] * std::exp(-log_sum))", "T(g[i] * std::exp(-log_sum))"),
-    bug("hinges: counts of the columns are lost", "hinge_sum.cpp", "double(sum[c]), int64_t(count[c]));", "double(sum[c]), 0);"),
+    bug("hinges: counts of the columns are lost", "anchor_sums.h", "double(col_first[c]), Second(col_second[c]));", "double(col_first[c]), 0);"),
     bug("hinges: the kink has a gradient", KERNELS, "(x > zero ? weight : zero) +", "(x >= zero ? weight : zero) +"),
     bug("hinges: columns against the rows' thresholds", KERNELS, "- access.load(col_threshold + c);\n        access.store(col_sum", "- threshold;\n        access.store(col_sum"),
     bug("tail of a row counts as exp(0 - lse)", KERNELS, "        // What lies beyond the row must vanish: with 0 its exponential may be infinite.\n        const Vec<T> s = access.load(row + c, EXCLUDED<T>);", "        const Vec<T> s = access.load(row + c);"),
@@ -41,7 +41,7 @@ BUGS = [
     bug("search: excluded pairs of the other side", SEARCH, "ExcludedPairs(batch, true), &found.cols", "ExcludedPairs(batch), &found.cols"),
     bug("search: candidates beyond the list are dropped", SEARCH, "      overflowed_[a] = 1;\n", ""),
     bug("softplus: half of the exponential", KERNELS, "value = max<T>(x, zero) + log1p(y);", "value = max<T>(x, zero) + log1p(y + 1) - log1p(broadcast<T>(1));"),
-    bug("softplus: entries of two anchors count twice", "softplus_sum.cpp", "c = 0; !of_rows && c < strip.cols()", "c = 0; c < strip.cols()"),
-    bug("softplus: positives without a minus in the bias's sum", "softplus_sum.cpp", "(of_rows ? row_slope[at + r] : slope[c]) -= T(sigmoid(-x));", "(of_rows ? row_slope[at + r] : slope[c]) += T(sigmoid(-x));"),
+    bug("softplus: entries of two anchors count twice", "softplus_sum.cpp", "      std::fill_n(col_sum, strip.cols(), T(0));  // an entry counts once\n", ""),
+    bug("softplus: positives without a minus in the bias's sum", "softplus_sum.cpp", "(of_rows ? row_slope[r] : col_slope[c]) -= T(sigmoid(-x));", "(of_rows ? row_slope[r] : col_slope[c]) += T(sigmoid(-x));"),
     bug("softplus: the score of a positive stays taken", "softplus_sum.cpp", "            strip.scores.s[r * strip.scores.ld + c] = score;\n", ""),
 ]  # fmt: skip

@@ -57,16 +57,6 @@ LOSSES = {
         {"equal_ids": "positive", "bias": -3.0, "temperature": 0.2},
     ),
 }
-FIRST = list(LOSSES)[:7]  # of the others a few cases run by default
-
-
-def each(names, few):
-    """The names of losses as parameters."""
-    mark = pytest.mark.expensive(few=few)
-    names = [name if name in FIRST else pytest.param(name, marks=mark) for name in names]
-    return pytest.mark.parametrize("name", names)
-
-
 DIRECTED = [name for name in LOSSES if not name.startswith("sigmoid")]
 WITH_TEMPERATURE = [name for name in LOSSES if not name.startswith("hinge")]
 
@@ -104,7 +94,7 @@ def test_equals_the_formula(case, name, loss_backend):
         assert_close(tensor.grad, reference.grad, 1e-11, f"d_{side}")
 
 
-@each(DIRECTED, few=40)
+@pytest.mark.parametrize("name", DIRECTED)
 @pytest.mark.parametrize(
     ("weights", "reduction"),
     list(itertools.product([(1.0, 1.0), (0.5, 0.5), (1, 0), (0.25, 2.0)], ["mean", "sum", "none"])),
@@ -142,7 +132,7 @@ def test_reductions_of_the_sigmoid_loss(name, reduction, loss_backend):
     assert_close(loss(*embeddings(case), **options), expected, 1e-12)
 
 
-@each(WITH_TEMPERATURE, few=120)
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_of_temperature_and_bias(case, name, loss_backend):
     loss, formula, options = LOSSES[name]

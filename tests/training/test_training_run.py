@@ -12,7 +12,7 @@ import torch
 from tiny_data import TINY, train, write_tiny_data
 
 import fused_vse
-from training import comparison, objective, report, retrieved
+from training import comparison, objective, report, retrieved, trainer
 from training.checkpoint import load_best
 from training.model import VSEModel
 from training.objective import HARDEST_LOSSES, LOSSES, Objective
@@ -195,6 +195,21 @@ def test_plateau_is_the_loss_of_equal_similarities(name, smooth):
     gap = (statistics.hardest_scores - statistics.positive_scores).abs().mean().item()
     assert loss.on_plateau(gap)
     assert not loss.on_plateau(0.06)
+
+
+@pytest.mark.parametrize("collapsed", [0, 1])
+def test_one_side_that_collapses_is_a_plateau(collapsed):
+    """All captions alike: only image anchors see equal scores; and the other way round."""
+    loss = Objective("hardest_negative", 0.1, 0.2, {}, "reference")
+    generator = torch.Generator().manual_seed(0)
+    sides = [
+        torch.nn.functional.normalize(torch.randn(30, 8, generator=generator)) for _ in range(2)
+    ]
+    _, statistics = loss(*sides, torch.arange(30))
+    assert not loss.on_plateau(trainer._gap(statistics))
+    sides[collapsed] = sides[collapsed][:1].expand(30, -1)
+    _, statistics = loss(*sides, torch.arange(30))
+    assert loss.on_plateau(trainer._gap(statistics))
 
 
 @pytest.mark.parametrize("name", ["all_negatives", "hinge"])
