@@ -24,14 +24,19 @@ from .first_order import first_order_only
 from .ops import ops_of
 
 
-def _none(self, results: tuple[Tensor, Tensor], d: Tensor, d_positive: Tensor):
+def _no_parameters(self, results: tuple[Tensor, Tensor], d: Tensor, d_positive: Tensor):
     return d_positive, None
+
+
+def _sums(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    one, other = (torch.stack(x) for x in zip(*parts, strict=True))
+    return one.sum(0), other.sum(0)
 
 
 class Hardest(NamedTuple):
     false_negative_margin: float | None = None
     op: str = "hardest_negatives"
-    differentiable, counts_once, of_parameters = 0, False, _none
+    differentiable, counts_once, of_parameters = 0, False, _no_parameters
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
         return [ceiling_of(positive, self.false_negative_margin)]
@@ -59,7 +64,7 @@ class Logsumexp(NamedTuple):
     scale_tensor: Tensor | None
     false_negative_margin: float | None = None
     op: str = "negative_logsumexp"
-    differentiable, counts_once, of_parameters = 1, False, _none
+    differentiable, counts_once, of_parameters = 1, False, _no_parameters
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
         return [ceiling_of(positive, self.false_negative_margin)]
@@ -91,7 +96,7 @@ class HingeSum(NamedTuple):
     false_negative_margin: float | None = None
     inside: Tensor | None = None
     op: str = "hinge_sum"
-    differentiable, counts_once = 0, False
+    differentiable, counts_once, merge = 0, False, _sums
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
         ceiling = ceiling_of(positive, self.false_negative_margin)
@@ -99,9 +104,6 @@ class HingeSum(NamedTuple):
 
     def forward(self, ops, batch: tuple, vectors: list, save_scores: bool) -> tuple:
         return ops.hinge_sum(*batch, *vectors, save_scores)
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return _sums(parts)
 
     def plain(self, *arguments) -> tuple[Tensor, Tensor]:
         return reference.hinge_sum(*arguments)
@@ -120,7 +122,7 @@ class SoftplusSum(NamedTuple):
     bias: Tensor
     equal_positive: bool
     op: str = "softplus_sum"
-    differentiable, counts_once = 0, True
+    differentiable, counts_once, merge = 0, True, _sums
 
     @property
     def entries(self) -> tuple:
@@ -131,9 +133,6 @@ class SoftplusSum(NamedTuple):
 
     def forward(self, ops, batch: tuple, vectors: list, save_scores: bool) -> tuple:
         return ops.softplus_sum(*batch, *self.entries, save_scores)
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return _sums(parts)
 
     def plain(self, *arguments) -> tuple[Tensor, Tensor]:
         scale = self.scale if self.scale_tensor is None else self.scale_tensor
@@ -151,16 +150,13 @@ class EqualSum(NamedTuple):
     """Of the scores of equal ids, and their number. No op: the positive scores are not to be used."""
 
     op: str = "positive_scores"
-    differentiable, counts_once, of_parameters = 0, False, _none
+    differentiable, counts_once, of_parameters, merge = 0, False, _no_parameters, _sums
 
     def vectors(self, positive: Tensor) -> list[Tensor | None]:
         return []
 
     def forward(self, ops, batch: tuple, vectors: list, save_scores: bool) -> tuple:
         return *equal_sums(batch), None
-
-    def merge(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return _sums(parts)
 
     def plain(self, *arguments) -> tuple[Tensor, Tensor]:
         return reference.equal_sums(*arguments)
@@ -180,11 +176,6 @@ def threshold_of(positive: Tensor, margin: float, inside: Tensor | None) -> Tens
     """[2 K]: where hinges begin; for an anchor that is not `inside` [2 K] nowhere."""
     threshold = (positive - margin).repeat(2)
     return threshold if inside is None else threshold.where(inside, torch.inf)
-
-
-def _sums(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    one, other = (torch.stack(x) for x in zip(*parts, strict=True))
-    return one.sum(0), other.sum(0)
 
 
 class OfOneProcess(torch.autograd.Function):

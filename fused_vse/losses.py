@@ -363,10 +363,11 @@ def _loss(
         return batch, checked_options(other if check_flag(name, flag) else kind, batch, **options)
 
     peers, batch, options = agree(group, check)
-    options = options._replace(
-        inverse_temperature=shared_by_ranks(options.inverse_temperature, peers),
-        bias=shared_by_ranks(options.bias, peers),
-    )
+    if peers is not None:
+        options = options._replace(
+            inverse_temperature=shared_by_ranks(options.inverse_temperature, peers),
+            bias=shared_by_ranks(options.bias, peers),
+        )
     kind, reduction, _, scale, margin, weights, *_ = options
     small = REFERENCE
     if peers is None and reduction != "none" and options.has_whole_loss:

@@ -43,7 +43,7 @@ class Ids(NamedTuple):
     pair_row: int
     pair_column: int
     pair_count: int
-    # None, or whatever: entries of equal ids are not left out, and those without ids are none
+    # 1, part of the code: entries of equal ids are not left out, the statistic gives them a minus. Or None
     equal_positive: Any = None
 
 
